@@ -1,0 +1,1 @@
+"""Everything that runs: training, evaluation, comparison, and the command line."""
