@@ -1,0 +1,137 @@
+"""One block and one language model for every mixer."""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.initialization import initialize
+from model.layers import MIXERS
+from model.layers.layer import Context
+from model.ops import FORMS
+from model.state import BlockState, ModelState
+
+
+class ModelOutput(NamedTuple):
+    """What a forward pass returns."""
+
+    logits: Tensor
+    """`[B, T, vocab_size]`."""
+    state: ModelState
+    """To go on from after the last token."""
+
+
+class Block(nn.Module):
+    """`x += time_mix(norm x)`, then `x += channel_mix(norm x)`."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        mixer = MIXERS[config.mixer]
+        self.time_norm = mixer.norm(config.d_model)
+        self.time_mix = mixer.time_mix(config, layer)
+        self.channel_norm = mixer.norm(config.d_model)
+        self.channel_mix = mixer.channel_mix(config, layer)
+
+    def initial_state(self, batch_size: int) -> BlockState:
+        """The state before the first token."""
+        return BlockState(
+            self.time_mix.initial_state(batch_size), self.channel_mix.initial_state(batch_size)
+        )
+
+    def forward(self, x: Tensor, state: BlockState, context: Context) -> tuple[Tensor, BlockState]:
+        """`[B, T, D]` -> `[B, T, D]`."""
+        y, time = self.time_mix(self.time_norm(x), state.time, context)
+        x = x + y
+        y, channel = self.channel_mix(self.channel_norm(x), state.channel, context)
+        return x + y, BlockState(time, channel)
+
+
+class LanguageModel(nn.Module):
+    """Tokens in, logits of the next token out, with the state passed in and returned.
+
+    Args:
+        config: the shape.
+
+    The weights are drawn from torch's global generator: `torch.manual_seed` repeats them.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        mixer = MIXERS[config.mixer]
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding_norm = mixer.norm(config.d_model) if mixer.embedding_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = mixer.norm(config.d_model)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        initialize(self)
+
+    def initial_state(self, batch_size: int) -> ModelState:
+        """The state before the first token."""
+        return tuple(block.initial_state(batch_size) for block in self._blocks())
+
+    def features(
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        form: str = "chunked",
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """As `forward`, up to the head: `[B, T, D]` instead of the logits, `head(features)`."""
+        self._check(tokens, form)
+        state = self.initial_state(tokens.shape[0]) if state is None else state
+        context = Context(form=form, reset=reset)
+        x = self.embedding_norm(self.embedding(tokens))
+        states = []
+        for block, old in zip(self._blocks(), state, strict=True):
+            x, new = block(x, old, context)
+            states.append(new)
+        return self.norm(x), tuple(states)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        form: str = "chunked",
+        reset: Tensor | None = None,
+    ) -> ModelOutput:
+        """Logits of the token after each token.
+
+        All three forms give the same logits and the same state, and so does a sequence that is
+        split anywhere when the state is passed on.
+
+        Args:
+            tokens: `[B, T]` int64, in `[0, vocab_size)`.
+            state: from the call before; None to start afresh. It is not changed.
+            form: `parallel` (work quadratic in T), `chunked` (linear) or `recurrent` (token by
+                token; the definition).
+            reset: `[B, T]` bool, True where a token starts a document: nothing before it counts.
+
+        Raises:
+            ValueError: for an unknown form, or tokens that are not `[B, T]` with T >= 1.
+        """
+        x, new_state = self.features(tokens, state, form, reset)
+        return ModelOutput(self.head(x), new_state)
+
+    def num_parameters(self) -> int:
+        """All of them, embedding and head included."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits that change with any weight: says which model a state belongs to."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:12]
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def _check(self, tokens: Tensor, form: str) -> None:
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, but is {form!r}")
+        if tokens.dim() != 2 or tokens.shape[1] < 1:
+            raise ValueError(f"tokens must be [B, T] with T >= 1, but are {[*tokens.shape]}")

@@ -1,0 +1,62 @@
+"""Softmax attention with rotary positions: the baseline, as Llama has it (arXiv 2302.13971)."""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from model.config import AttentionOptions, ModelConfig
+from model.layers.layer import Context, Layer
+from model.layers.rotary import rotate
+from model.ops import OPS
+from model.ops.attention import KVCache
+
+
+class AttentionState(NamedTuple):
+    """The KV cache, which grows with every token, and how many tokens each row has seen."""
+
+    cache: KVCache
+    position: Tensor
+    """`[B]` int64."""
+
+
+class Attention(Layer):
+    """`o = W_o attention(rotate(W_q x), rotate(W_k x), W_v x)` with scale `K^-1/2`."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        assert isinstance(config.options, AttentionOptions)
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.rotary_base = config.options.rotary_base
+        self.query = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.key = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.value = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.output = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def initial_state(self, batch_size: int) -> AttentionState:
+        """An empty cache."""
+        empty = self.key.weight.new_zeros(batch_size, 0, self.num_heads, self.head_dim)
+        position = torch.zeros(batch_size, dtype=torch.long, device=empty.device)
+        return AttentionState(KVCache.empty(empty, empty), position)
+
+    def forward(
+        self, x: Tensor, state: AttentionState, context: Context
+    ) -> tuple[Tensor, AttentionState]:
+        """`[B, T, D]` -> `[B, T, D]`."""
+        q, k, v = (
+            rearrange(project(x), "b t (h k) -> b t h k", h=self.num_heads)
+            for project in (self.query, self.key, self.value)
+        )
+        position = state.position[:, None] + torch.arange(x.shape[1], device=x.device)
+        q, k = rotate(q, position, self.rotary_base), rotate(k, position, self.rotary_base)
+        o, cache = OPS["attention"].form(context.form)(
+            q,
+            k,
+            v,
+            scale=self.head_dim**-0.5,
+            reset=context.reset,
+            initial_state=state.cache if state.cache.key.shape[1] else None,
+        )
+        y = self.output(rearrange(o, "b t h v -> b t (h v)"))
+        return y, AttentionState(cache, position[:, -1] + 1)

@@ -1,0 +1,57 @@
+"""Linear transformer (Katharopoulos et al. 2020, arXiv 2006.16236): weights `phi(q) . phi(k)`."""
+
+from typing import NamedTuple
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from model.config import LinearTransformerOptions, ModelConfig
+from model.layers.feature_maps import elu_plus_one
+from model.layers.layer import Context, Layer
+from model.ops import OPS
+
+
+class LinearTransformerState(NamedTuple):
+    """The sum of all writes."""
+
+    matrix: Tensor
+    """`[B, H, K, V + 1]`: keys times values, and in the last column the keys alone."""
+
+
+class LinearTransformer(Layer):
+    """Additive recurrence without decay, normalised, with the feature map elu + 1."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        assert isinstance(config.options, LinearTransformerOptions)
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.eps = config.options.eps
+        self.query = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.key = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.value = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.output = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def initial_state(self, batch_size: int) -> LinearTransformerState:
+        """Nothing written yet: zeros."""
+        shape = (batch_size, self.num_heads, self.head_dim, self.head_dim + 1)
+        return LinearTransformerState(self.key.weight.new_zeros(shape))
+
+    def forward(
+        self, x: Tensor, state: LinearTransformerState, context: Context
+    ) -> tuple[Tensor, LinearTransformerState]:
+        """`[B, T, D]` -> `[B, T, D]`."""
+        q, k, v = (
+            rearrange(project(x), "b t (h k) -> b t h k", h=self.num_heads)
+            for project in (self.query, self.key, self.value)
+        )
+        o, matrix = OPS["additive"].form(context.form)(
+            elu_plus_one(q),
+            elu_plus_one(k),
+            v,
+            normalize=True,
+            reset=context.reset,
+            initial_state=state.matrix,
+            eps=self.eps,
+        )
+        y = self.output(rearrange(o, "b t h v -> b t (h v)"))
+        return y, LinearTransformerState(matrix)

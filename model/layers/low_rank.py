@@ -1,0 +1,36 @@
+"""The low-rank branches that make RWKV-6 and 7 depend on their data."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class LowRank(nn.Module):
+    """`bias + activation(x down) up`, with `down [in, rank]` and `up [rank, out]`.
+
+    Stored `[in, out]` as in the official checkpoints, and not called `weight`: not decayed.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        rank: int,
+        d_out: int,
+        *,
+        activation: Callable[[Tensor], Tensor] | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.zeros(d_in, rank))
+        self.up = nn.Parameter(torch.zeros(rank, d_out))
+        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` -> `[..., out]`."""
+        hidden = x @ self.down
+        if self.activation is not None:
+            hidden = self.activation(hidden)
+        y = hidden @ self.up
+        return y if self.bias is None else y + self.bias

@@ -1,0 +1,36 @@
+"""Normalisations that the blocks share."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm with RWKV's eps, 1e-5."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__(d_model, eps=1e-5)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm (arXiv 1910.07467) with eps 1e-6."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__(d_model, eps=1e-6)
+
+
+class HeadNorm(nn.Module):
+    """GroupNorm with one group a head: `[B, T, H, V]` -> `[B, T, H V]`, normalised over V."""
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.GroupNorm(num_heads, num_heads * head_dim, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, T, H, V]` -> `[B, T, H V]`."""
+        batch, time = x.shape[:2]
+        norm = self.norm
+        y = F.group_norm(
+            x.reshape(batch * time, -1), self.num_heads, norm.weight, norm.bias, norm.eps
+        )
+        return y.view(batch, time, -1)
