@@ -1,0 +1,133 @@
+"""The command line: parse, call one function, turn errors into one sentence and an exit status.
+
+0 done, 1 the work failed, 2 wrong usage, 130 interrupted (and saved).
+"""
+
+import dataclasses
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import tyro
+
+from train.config import TrainConfig
+from train.interrupt import Interrupted
+
+
+class Command(NamedTuple):
+    """One row: `ebb NAME` fills `config` from its flags and calls `function` with it."""
+
+    summary: str
+    module: str
+    config: str
+    function: str
+
+
+COMMANDS = {
+    "demo": Command(
+        "train two models on the built-in text, sample from them, compare them",
+        "train.demo",
+        "DemoConfig",
+        "demo",
+    ),
+    "train": Command("train a model on a text", "train.loop", "TrainConfig", "train_command"),
+    "generate": Command(
+        "write text with a trained model", "train.generate", "GenerateConfig", "generate"
+    ),
+    "eval": Command(
+        "loss, perplexity and bits per byte of a model on a text",
+        "train.evaluate",
+        "EvalConfig",
+        "evaluate_checkpoint",
+    ),
+    "compare": Command(
+        "train several mixers alike and report on them", "train.compare", "CompareConfig", "compare"
+    ),
+    "info": Command(
+        "the machine and the mixers, or one checkpoint", "train.info", "InfoConfig", "info"
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; `argv` without the program's name. Returns the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return 0 if args else 2
+    if args[0] == "--version":
+        sys.stdout.write(f"ebb {importlib.metadata.version('ebb-lm')}\n")
+        return 0
+    name, *rest = args
+    if name not in COMMANDS:
+        return _fail(f"there is no command {name!r}; choose one of {', '.join(COMMANDS)}", 2)
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    try:
+        config = _parse(name, getattr(module, command.config), rest)
+    except SystemExit as stop:  # tyro has printed its help, or what is wrong
+        return stop.code if isinstance(stop.code, int) else 2
+    except ValueError as error:
+        return _fail(str(error), 2)
+    try:
+        getattr(module, command.function)(config)
+        sys.stdout.flush()
+    except Interrupted as stop:
+        return _fail(str(stop), 130)
+    except KeyboardInterrupt:
+        return _fail("Interrupted.", 130)
+    except BrokenPipeError:  # the reader, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        return _fail(str(error), 1)
+    return 0
+
+
+def _parse(name: str, kind: type[Any], args: Sequence[str]) -> Any:
+    """The settings in `args`; those of `ebb train --resume` start from what the run was made with.
+
+    Raises:
+        ValueError: for a value that is refused.
+    """
+    prog = f"ebb {name}"
+    config = tyro.cli(kind, args=args, prog=prog)
+    if isinstance(config, TrainConfig) and config.resume:
+        from train.checkpoint import CONFIG, read_config
+
+        if (config.folder / CONFIG).exists():
+            saved = read_config(config.folder)["train"]
+            known = {field.name for field in dataclasses.fields(TrainConfig)}
+            if unknown := sorted(set(saved) - known):
+                raise ValueError(f"{config.folder / CONFIG} has unknown settings: {unknown}")
+            before = TrainConfig(**saved, out=config.folder, resume=True)
+            config = tyro.cli(kind, args=args, prog=prog, default=before)
+    return config
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: ebb COMMAND [OPTIONS]",
+            "",
+            "Language models without softmax: train, generate, compare.",
+            "",
+            *lines,
+            "",
+            "`ebb COMMAND --help` lists the options of a command.",
+            "",
+        ]
+    )
+
+
+def _fail(message: str, status: int) -> int:
+    sys.stderr.write(f"ebb: {message}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

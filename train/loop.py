@@ -1,0 +1,369 @@
+"""The training loop."""
+
+import dataclasses
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from data.loader import Batch, TrainingBatches, validation_batches
+from model.config import ModelConfig
+from model.language_model import LanguageModel
+from train import checkpoint as files
+from train.config import FREE_ON_RESUME, TrainConfig
+from train.evaluate import Evaluation, evaluate
+from train.interrupt import Interrupted, stop_on_signal
+from train.metrics import MetricsLog
+from train.optimizer import make_optimizer, set_rate
+from train.prepare import prepare_data
+from train.progress import Display
+from train.recipes import RECIPES
+from train.sampling import sample_text
+from train.schedule import rate_factor
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a finished run ended."""
+
+    folder: Path
+    num_parameters: int
+    tokens: int
+    """Trained on, repetitions counted."""
+    validation: Evaluation
+    tokens_per_second: float
+    """Median over the logged stretches of whole training steps."""
+
+
+@dataclass
+class Progress:
+    """What a run has reached, beside weights and optimiser; part of every snapshot."""
+
+    step: int = 0
+    seconds: float = 0.0
+    """Spent in training steps, without validation and saving."""
+    best_loss: float | None = None
+    speeds: list[float] = field(default_factory=list)
+    """Tokens/s of each logged stretch."""
+
+
+def train(config: TrainConfig, display: Display | None = None) -> TrainResult:
+    """Trains one model; `ebb train`.
+
+    Raises:
+        ValueError: for settings, data or a folder that cannot be used.
+        Interrupted: after Ctrl-C, when everything is saved.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    with (
+        files.locked(config.folder),
+        (display or Display()) if display is None else nullcontext(display) as shown,
+    ):
+        return _Run(config, shown).run()
+
+
+class _Run:
+    """One run: built from its settings or its newest snapshot, then stepped to the end."""
+
+    def __init__(self, config: TrainConfig, display: Display) -> None:
+        self.config, self.display, self.folder = config, display, config.folder
+        resumed = self._claim_folder()
+        self.data = prepare_data(
+            config.data,
+            config.column,
+            config.tokenizer,
+            config.vocab_size,
+            display,
+            fixed_tokenizer=self.folder / files.TOKENIZER if resumed else None,
+        )
+        self.batches = TrainingBatches(
+            self.data.train.tokens,
+            context=config.context,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            end_id=self.data.tokenizer.end_id,
+        )
+        self._validation_batches()  # refuses a text that is too short before anything is trained
+        self.accelerator = Accelerator(mixed_precision=_precision(config.precision))
+        processes = self.accelerator.num_processes
+        if config.batch_size % processes:
+            raise ValueError(
+                f"batch-size {config.batch_size} cannot be shared by {processes} processes: "
+                f"choose a multiple of {processes}"
+            )
+        torch.manual_seed(config.seed)
+        model_config = ModelConfig.preset(
+            config.size, config.mixer, self.data.tokenizer.vocab_size, ffn_dim=config.ffn_dim
+        )
+        model = LanguageModel(model_config)
+        self.recipe = RECIPES[model_config.mixer]
+        self.rate = config.learning_rate or self.recipe.learning_rate
+        decay = self.recipe.weight_decay if config.weight_decay is None else config.weight_decay
+        optimizer = make_optimizer(model, self.recipe, self.rate, decay)
+        self.progress = Progress()
+        if resumed is not None:
+            model.load_state_dict(resumed.weights)
+            optimizer.load_state_dict(resumed.optimizer)
+            self.progress = Progress(**resumed.progress)
+        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model: LanguageModel = self.accelerator.unwrap_model(self.wrapped)
+        self.leads = self.accelerator.is_main_process
+        if self.leads:
+            self._write_settings(model_config)
+        self.metrics = MetricsLog(self.folder / files.METRICS, self.progress.step)
+
+    def run(self) -> TrainResult:
+        """Steps to the end, or to an interrupt."""
+        config, progress = self.config, self.progress
+        every = config.eval_every or max(1, config.steps // 10)
+        save_every = config.save_every or every
+        self._announce()
+        validation: Evaluation | None = None
+        stretch = _Stretch()
+        with (
+            stop_on_signal(self.display.say) as stop,
+            self.display.noted_task("Training", config.steps, progress.step) as show,
+        ):
+            note = ""
+            while progress.step < config.steps and not stop.requested:
+                start = time.perf_counter()
+                loss, norm = self._step(self.batches[progress.step])
+                stretch.add(loss, norm, time.perf_counter() - start)
+                progress.step += 1
+                progress.seconds += stretch.last_seconds
+                is_last = progress.step == config.steps
+                if progress.step % config.log_every == 0 or is_last:
+                    self._log(stretch)
+                    stretch = _Stretch()
+                if progress.step % every == 0 or is_last:
+                    validation = self._validate()
+                    note = f"  val {validation.bits_per_byte:.3f} bits/byte"
+                if progress.step % save_every == 0 or is_last:
+                    self._save()
+                show(progress.step, self._note(loss) + note)
+            if progress.step < config.steps:
+                self._save()
+                raise Interrupted(
+                    f"Saved after step {progress.step} of {config.steps}; go on with: "
+                    f"ebb train --resume --out {self.folder}"
+                )
+        if validation is None:
+            validation = self._validate()
+        return TrainResult(
+            folder=self.folder,
+            num_parameters=self.model.num_parameters(),
+            tokens=progress.step * config.batch_size * config.context,
+            validation=validation,
+            tokens_per_second=statistics.median(progress.speeds),
+        )
+
+    def _step(self, batch: Batch) -> tuple[float, float]:
+        """One optimiser step; its loss and the norm of its gradient."""
+        share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        device = self.accelerator.device
+        inputs, targets = batch.inputs[share].to(device), batch.targets[share].to(device)
+        reset = None if batch.reset is None else batch.reset[share].to(device)
+        factor = rate_factor(
+            self.progress.step,
+            steps=self.config.steps,
+            warmup=self._warmup(),
+            final_fraction=self.recipe.final_fraction,
+        )
+        set_rate(self.optimizer, self.rate * factor)
+        logits = self.wrapped(inputs, reset=reset).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip)
+        value, norm_value = float(loss.detach()), float(norm)
+        if not (_is_finite(value) and _is_finite(norm_value)):
+            raise ValueError(
+                f"The loss or its gradient is not finite at step {self.progress.step + 1}; the "
+                "last checkpoint is as it was. Try a lower --learning-rate or a longer --warmup."
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value, norm_value
+
+    def _warmup(self) -> int:
+        steps = self.config.steps
+        if self.config.warmup is not None:
+            return self.config.warmup
+        return min(max(10, steps // 50), steps - 1)
+
+    def _log(self, stretch: "_Stretch") -> None:
+        speed = stretch.steps * self.config.batch_size * self.config.context / stretch.seconds
+        self.progress.speeds.append(speed)
+        self._write_metrics(
+            loss=stretch.mean_loss(),
+            gradient_norm=stretch.norm,
+            learning_rate=self.optimizer.param_groups[0]["lr"]
+            / self.optimizer.param_groups[0]["lr_scale"],
+            tokens_per_second=speed,
+        )
+
+    def _note(self, loss: float) -> str:
+        speed = f"{self.progress.speeds[-1]:,.0f} tokens/s  " if self.progress.speeds else ""
+        return f"{speed}loss {loss:.3f}"
+
+    def _validation_batches(self) -> Any:
+        return validation_batches(
+            self.data.validation.tokens,
+            context=self.config.context,
+            batch_size=self.config.batch_size,
+            end_id=self.data.tokenizer.end_id,
+            max_tokens=self.config.eval_tokens,
+        )
+
+    def _validate(self) -> Evaluation:
+        """Loss on the validation text; keeps the best weights; shows a sample."""
+        result = evaluate(self.model, self._validation_batches(), self.data.token_bytes)
+        progress, config = self.progress, self.config
+        self._write_metrics(
+            validation_loss=result.loss, validation_bits_per_byte=result.bits_per_byte
+        )
+        if progress.best_loss is None or result.loss < progress.best_loss:
+            progress.best_loss = result.loss
+            if self.leads:
+                files.save_weights(self.folder / files.BEST, self.model.state_dict())
+        self.display.say(
+            f"step {progress.step:,}: validation {result.loss:.4f} nats/token, "
+            f"{result.bits_per_byte:.4f} bits/byte"
+        )
+        wanted = config.sample_every is None or (
+            config.sample_every and progress.step % config.sample_every == 0
+        )
+        if wanted and self.leads:
+            text = sample_text(self.model, self.data.tokenizer, tokens=60, seed=config.seed)
+            self.display.say("  " + " ".join(text.split()), style="dim")
+        return result
+
+    def _write_metrics(self, **values: float) -> None:
+        if not self.leads:
+            return
+        step = self.progress.step
+        self.metrics.append(
+            {
+                "step": step,
+                "tokens": step * self.config.batch_size * self.config.context,
+                "seconds": round(self.progress.seconds, 3),
+                **values,
+            }
+        )
+
+    def _save(self) -> None:
+        """A snapshot to resume from, and the weights as `ebb generate` reads them."""
+        if not self.leads:
+            return
+        weights = self.model.state_dict()
+        files.save_snapshot(
+            self.folder,
+            files.Snapshot(
+                self.progress.step,
+                weights,
+                self.optimizer.state_dict(),
+                dataclasses.asdict(self.progress),
+            ),
+        )
+        files.save_weights(self.folder / files.WEIGHTS, weights)
+
+    def _claim_folder(self) -> files.Snapshot | None:
+        """The snapshot to go on from, or None for a fresh start.
+
+        Raises:
+            ValueError: if the folder holds a run and it is not to be resumed, or was another run.
+        """
+        if not files.holds_run(self.folder):
+            return None
+        if not self.config.resume:
+            raise ValueError(
+                f"{self.folder} already holds a run: add --resume to go on with it, or choose "
+                "another --out."
+            )
+        snapshot = files.load_snapshot(self.folder, lambda text: self.display.say(text, "yellow"))
+        if snapshot is None:
+            return None
+        before, now = files.read_config(self.folder)["train"], self.config.to_dict()
+        changed = [
+            name
+            for name in now
+            if name not in FREE_ON_RESUME and before.get(name, now[name]) != now[name]
+        ]
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"The run in {self.folder} was made with {name.replace('_', '-')} "
+                f"{before[name]}, not {now[name]}: leave it as it was, or choose another --out."
+            )
+        return snapshot
+
+    def _write_settings(self, model_config: ModelConfig) -> None:
+        files.save_json(
+            self.folder / files.CONFIG,
+            {"model": model_config.to_dict(), "train": self.config.to_dict()},
+        )
+        self.data.tokenizer.save(self.folder / files.TOKENIZER)
+
+    def _announce(self) -> None:
+        config, data = self.config, self.data
+        self.display.say(
+            f"{config.mixer} {config.size}: {self.model.num_parameters():,} parameters, "
+            f"{data.tokenizer.name} tokenizer ({data.tokenizer.vocab_size:,}), {data.name}: "
+            f"{data.train.tokens.size:,} training tokens, "
+            f"{config.steps * config.batch_size * config.context / data.train.tokens.size:.2f} "
+            f"epochs, {torch.get_num_threads()} threads -> {self.folder}"
+        )
+        if self.progress.step:
+            self.display.say(f"Going on after step {self.progress.step:,}.")
+
+
+class _Stretch:
+    """The steps since the last line of metrics."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.seconds = 0.0
+        self.last_seconds = 0.0
+        self.norm = 0.0
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses)
+
+    def add(self, loss: float, norm: float, seconds: float) -> None:
+        self.losses.append(loss)
+        self.norm = max(self.norm, norm)
+        self.last_seconds = seconds
+        self.seconds += seconds
+
+    def mean_loss(self) -> float:
+        return statistics.fmean(self.losses)
+
+
+def _precision(name: str) -> str:
+    """What accelerate calls it."""
+    if name == "auto":
+        name = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    return {"fp32": "no", "bf16": "bf16"}[name]
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+def train_command(config: TrainConfig) -> None:
+    """Runs `ebb train` and prints how it ended."""
+    result = train(config)
+    sys.stdout.write(
+        f"{result.folder}: {result.num_parameters:,} parameters, {result.tokens:,} tokens at "
+        f"{result.tokens_per_second:,.0f} tokens/s; validation {result.validation.loss:.4f} "
+        f"nats/token, {result.validation.bits_per_byte:.4f} bits/byte\n"
+        f"Write with it: ebb generate {result.folder} --prompt 'The '\n"
+    )

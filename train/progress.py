@@ -1,0 +1,89 @@
+"""What a person sees while work goes on: bars on a terminal, plain lines elsewhere; to stderr."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Display:
+    """One place for all progress of a command. Use it as a context manager."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._is_live = self.console.is_terminal
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self._is_live,
+        )
+
+    def __enter__(self) -> Self:
+        """Starts the live display."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Takes the live display away."""
+        self._progress.stop()
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """A line above the bars; the text is never read as markup."""
+        self.console.print(escape(text), style=style)
+
+    @contextmanager
+    def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar for work of known size; call what it gives with the amount done so far."""
+        with self.noted_task(name, total) as update:
+            yield lambda done: update(done, "")
+
+    @contextmanager
+    def noted_task(
+        self, name: str, total: int, done: int = 0
+    ) -> Iterator[Callable[[int, str], None]]:
+        """As `task`, with a note beside the bar. A line each ten seconds where there is no bar."""
+        task = self._progress.add_task(escape(name), total=total, completed=done, note="")
+        last_line = time.monotonic()
+        start = time.monotonic()
+
+        def update(now_done: int, note: str) -> None:
+            nonlocal last_line
+            self._progress.update(task, completed=now_done, note=escape(note))
+            now = time.monotonic()
+            if not self._is_live and now - last_line >= SECONDS_BETWEEN_LINES:
+                last_line = now
+                advanced = max(now_done - done, 1)
+                left = (now - start) / advanced * (total - now_done)
+                self.say(f"{name}  {now_done:,}/{total:,}  {note}  {duration(left)} left".strip())
+
+        try:
+            yield update
+        finally:
+            self._progress.remove_task(task)
+
+
+def duration(seconds: float) -> str:
+    """`1:05` or `2:01:05`."""
+    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
