@@ -1,0 +1,1 @@
+"""Text in, token ids out: corpora, tokenizers, packed tokens and batches."""
