@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818  # not an error: the work is safe
     """Work was stopped by the user and saved; the message says how to go on."""
 
 

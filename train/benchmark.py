@@ -1,0 +1,133 @@
+"""Speed and memory, measured so that a noisy machine hurts all mixers alike: in turn, medians."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from model.generation import prefill, step
+
+from model import state as states
+from model.language_model import LanguageModel
+from train.optimizer import make_optimizer
+from train.recipes import RECIPES
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A median and how far the middle half of the measurements spreads."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Measurement":
+        """From single measurements, at least one."""
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(middle, low, high)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One token at a time, batch 1, after so many tokens."""
+
+    context: int
+    milliseconds: Measurement
+    """Per token."""
+    state_bytes: int
+
+
+def measure_training(
+    models: Mapping[str, LanguageModel],
+    *,
+    context: int,
+    batch_size: int,
+    rounds: int,
+    advance: Callable[[], None],
+) -> dict[str, Measurement]:
+    """Tokens/s of whole training steps on random tokens, one step of each model in turn.
+
+    Args:
+        models: by name; their weights are changed.
+        context: tokens a sequence.
+        batch_size: sequences a step.
+        rounds: counted steps of each, after one that is not.
+        advance: called after every step.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    steps = {name: _training_step(model, context, batch_size) for name, model in models.items()}
+    for turn in range(rounds + 1):
+        for name, run in steps.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+            advance()
+    tokens = context * batch_size
+    return {name: Measurement.of([tokens / s for s in spent]) for name, spent in seconds.items()}
+
+
+def measure_decoding(
+    models: Mapping[str, LanguageModel],
+    *,
+    contexts: Sequence[int],
+    tokens: int,
+    advance: Callable[[], None],
+) -> dict[str, list[Decoding]]:
+    """Milliseconds a token at several contexts, the models in turn token by token.
+
+    Args:
+        models: by name.
+        contexts: tokens already seen, rising.
+        tokens: measured at each, after a few that are not.
+        advance: called after every context of every model.
+    """
+    result: dict[str, list[Decoding]] = {name: [] for name in models}
+    current = {name: model.initial_state(1) for name, model in models.items()}
+    seen = 0
+    for context in contexts:
+        prompt = _random_tokens(models, context - seen)
+        for name, model in models.items():
+            _, current[name] = prefill(model, prompt, current[name])
+            advance()
+        seen = context
+        spent: dict[str, list[float]] = {name: [] for name in models}
+        going = dict(current)
+        for turn in range(tokens + 3):
+            token = _random_tokens(models, 1)[:, 0]
+            for name, model in models.items():
+                start = time.perf_counter()
+                _, going[name] = step(model, token, going[name])
+                if turn >= 3:
+                    spent[name].append(1e3 * (time.perf_counter() - start))
+        for name in models:
+            size = states.num_bytes(current[name])
+            result[name].append(Decoding(context, Measurement.of(spent[name]), size))
+    return result
+
+
+def _random_tokens(models: Mapping[str, LanguageModel], length: int) -> torch.Tensor:
+    """`[1, length]` tokens that every model knows."""
+    vocabulary = min(model.config.vocab_size for model in models.values())
+    return torch.randint(vocabulary, (1, length))
+
+
+def _training_step(model: LanguageModel, context: int, batch_size: int) -> Callable[[], None]:
+    recipe = RECIPES[model.config.mixer]
+    optimizer = make_optimizer(model, recipe, recipe.learning_rate, recipe.weight_decay)
+    tokens = torch.randint(model.config.vocab_size, (batch_size, context + 1))
+
+    def run() -> None:
+        logits = model(tokens[:, :-1]).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run

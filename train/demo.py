@@ -1,0 +1,68 @@
+"""`ebb demo`: the main job end to end on the built-in text, in a few minutes."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from train.compare import CompareConfig, print_results, run_comparison
+from train.config import CHECKPOINTS
+from train.progress import Display
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Train RWKV-7 and a softmax transformer on State of the Union addresses and compare them.
+
+    Takes about five minutes on two cores. Run it again to go on after Ctrl-C, or to see the result.
+    """
+
+    out: Path = CHECKPOINTS / "demo"
+    """Folder of the comparison."""
+    budget: str = "4min"
+    """Training of both models together; as in `ebb compare`."""
+    threads: int | None = None
+    """CPU threads; what PyTorch chooses if not given."""
+
+
+def demo(config: DemoConfig) -> None:
+    """Runs `ebb demo`.
+
+    Raises:
+        ValueError: for a folder that cannot be used.
+        Interrupted: after Ctrl-C, when everything is saved.
+    """
+    comparison = CompareConfig(
+        mixers="rwkv7,attention",
+        size="nano",
+        data="sotu",
+        tokenizer="bpe",
+        vocab_size=2048,
+        budget=config.budget,
+        batch_size=8,
+        context=256,
+        eval_tokens=32_768,
+        prompt="The people of the United States ",
+        threads=config.threads,
+        out=config.out,
+        resume=True,
+    )
+    with Display() as display:
+        display.say(
+            "Two language models on 230 years of State of the Union addresses: RWKV-7, whose state "
+            "has a fixed size, and a softmax transformer, whose cache grows with every token."
+        )
+        results = run_comparison(comparison, display)
+    console = Console(file=sys.stdout, highlight=False)
+    for model in results["models"]:
+        sample = model["sample"]
+        console.rule(f"{model['mixer']} writes")
+        console.print(sample["prompt"] + sample["text"] + "\n", markup=False)
+    print_results(results, config.out, display)
+    folder = config.out / "runs" / "rwkv7-0"
+    console.print(
+        f"\nWrite more:  ebb generate {folder} --prompt 'My fellow citizens, '\n"
+        "Your own text:  ebb train --data FILE",
+        markup=False,
+    )
