@@ -1,6 +1,7 @@
 """The shape of a network: one frozen dataclass for all mixers, one small one for each mixer."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -82,11 +83,13 @@ def parse_mixer(name: str) -> tuple[str, MixerOptions]:
     Raises:
         ValueError: naming the mixers that exist.
     """
-    mixer, _, score = ("attention:softmax" if name == "softmax" else name).partition(":")
+    mixer, colon, score = ("attention:softmax" if name == "softmax" else name).partition(":")
     if mixer not in OPTIONS:
         raise ValueError(f"there is no mixer {name!r}; choose one of {', '.join(sorted(OPTIONS))}")
-    if not score:
+    if not colon:
         return mixer, OPTIONS[mixer]()
+    if not score:
+        raise ValueError(f"{name!r} has nothing after the colon; leave the colon out")
     if mixer != "attention":
         raise ValueError(f"{mixer} takes nothing after a colon, but {name!r} has {score!r} there")
     if score not in SCORES:
@@ -126,10 +129,8 @@ class ModelConfig:
                 f"{self.mixer} takes {OPTIONS[self.mixer].__name__}, "
                 f"but options is {type(self.options).__name__}"
             )
-        for name in ("vocab_size", "d_model", "num_layers", "head_dim", "ffn_dim"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive integer, but is {value!r}")
+        _check_numbers(self)
+        _check_numbers(self.options)
         if self.d_model % self.head_dim:
             raise ValueError(
                 f"d_model must be a multiple of head_dim, but {self.d_model} is none of "
@@ -175,13 +176,27 @@ class ModelConfig:
         Raises:
             ValueError: naming what is unknown, missing or impossible.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"{cls.__name__} must be a table of settings, but is {values!r}")
         mixer = values.get("mixer")
-        if mixer not in OPTIONS:
+        if not isinstance(mixer, str) or mixer not in OPTIONS:
             raise ValueError(
                 f"there is no mixer {mixer!r}; choose one of {', '.join(sorted(OPTIONS))}"
             )
         options = _strict(OPTIONS[mixer], values.get("options", {}))
         return _strict(cls, {**values, "options": options})
+
+
+def _check_numbers(settings: "ModelConfig | MixerOptions") -> None:
+    """Refuses numbers that are not positive; None stands only where it is the default."""
+    for setting in dataclasses.fields(settings):
+        name, value = setting.name, getattr(settings, setting.name)
+        if setting.type in (int, int | None):
+            optional = setting.default is None
+            if not (optional and value is None) and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a positive integer, but is {value!r}")
+        elif setting.type is float and not (type(value) in (int, float) and 0 < value < math.inf):
+            raise ValueError(f"{name} must be a positive number, but is {value!r}")
 
 
 def _strict(kind: type[T], values: dict[str, Any]) -> T:

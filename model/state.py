@@ -5,8 +5,7 @@ tensor has the batch as its first dimension. Keeping an old state is a branch; s
 prompt cache.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +29,9 @@ class NoState(NamedTuple):
 
 
 ModelState = tuple[BlockState, ...]
+
+_EXTRA = "extra."
+"""Before the names of what is saved beside a state."""
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], state: Any) -> Any:
@@ -93,16 +95,20 @@ def _concatenate(states: Sequence[Any]) -> Any:
     return _like(first, (_concatenate(parts) for parts in zip(*states, strict=True)))
 
 
-def save(state: ModelState, path: Path, fingerprint: str) -> None:
+def save(
+    state: ModelState, path: Path, fingerprint: str, extra: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes a state as safetensors.
 
     Args:
         state: of a model.
         path: the file; replaced if it exists.
         fingerprint: `LanguageModel.fingerprint()` of the model whose state this is.
+        extra: tensors to keep beside it, such as the next token's logits; `load` passes them over.
     """
-    flat = {name: tensor.detach().contiguous() for name, tensor in tensors(state)}
-    save_file(flat, path, metadata={"ebb": json.dumps({"state_of": fingerprint})})
+    flat = dict(tensors(state)) | {_EXTRA + name: value for name, value in (extra or {}).items()}
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in flat.items()}
+    save_file(contiguous, path, metadata={"state_of": fingerprint})
 
 
 def load(path: Path, like: ModelState, fingerprint: str) -> ModelState:
@@ -116,17 +122,33 @@ def load(path: Path, like: ModelState, fingerprint: str) -> ModelState:
     Raises:
         ValueError: if the file is not a state, is damaged, or belongs to another model.
     """
+    found, state_of = _read(path)
+    names = [name for name, _ in tensors(like)]
+    if state_of != fingerprint or {n for n in found if not n.startswith(_EXTRA)} != set(names):
+        raise ValueError(f"{path} is the state of another model; its weights differ from these")
+    remaining = iter(names)
+    loaded: ModelState = map_tensors(lambda _: found[next(remaining)], like)
+    return loaded
+
+
+def load_extra(path: Path) -> dict[str, Tensor]:
+    """What `save` was given as `extra`.
+
+    Raises:
+        ValueError: if the file is not a state, or is damaged.
+    """
+    found, _ = _read(path)
+    return {n.removeprefix(_EXTRA): x for n, x in found.items() if n.startswith(_EXTRA)}
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], str]:
+    """All tensors in a file and the fingerprint of its model."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("ebb", "{}"))
+            metadata = file.metadata() or {}
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read as a saved state: {error}") from error
     if "state_of" not in metadata:
         raise ValueError(f"{path} is not a saved state; make one with --save-state")
-    names = [name for name, _ in tensors(like)]
-    if metadata["state_of"] != fingerprint or set(found) != set(names):
-        raise ValueError(f"{path} is the state of another model; its weights differ from these")
-    remaining = iter(names)
-    loaded: ModelState = map_tensors(lambda _: found[next(remaining)], like)
-    return loaded
+    return found, metadata["state_of"]

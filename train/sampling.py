@@ -1,7 +1,10 @@
-"""A sample of a model's writing, for a glance while it trains."""
+"""A sample of a model's writing, for a glance while it trains and for reports."""
 
 from data.tokenizers import Tokenizer
+from model.generation import Sampling, generate
 from model.language_model import LanguageModel
+
+SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 
 
 def sample_text(
@@ -12,8 +15,23 @@ def sample_text(
     Args:
         model: switched to evaluation mode and back.
         tokenizer: of the model.
-        tokens: how many to draw.
+        tokens: how many to draw at most; a document that ends sooner is not followed by another.
         seed: of the draw.
         prompt: what to go on from; it stands first in the result.
     """
-    return ""
+    was_training = model.training
+    model.eval()
+    stream, text = tokenizer.stream(), prompt
+    drawn = generate(
+        model,
+        [[tokenizer.end_id, *tokenizer.encode(prompt)]],
+        max_tokens=tokens,
+        sampling=SAMPLING,
+        seed=seed,
+        stop_ids=[tokenizer.end_id],
+    )
+    for (token,) in drawn:
+        assert token is not None
+        text += stream.push(token)
+    model.train(was_training)
+    return text + stream.finish()

@@ -1,8 +1,8 @@
 """The additive recurrence, `S_t = diag(exp g_t) S_{t-1} + k_t v_t^T`, in three forms.
 
-Linear transformer (arXiv 2006.16236), RetNet (2307.08621), GLA (2312.06635) and Mamba-2 (2405.21060)
-read after the write, `o_t = scale q_t S_t`; RWKV-5 and 6 (2404.05892) before it, with a bonus u for
-the token's own write, `o_t = scale q_t (S_{t-1} + diag(u) k_t v_t^T)`.
+Linear transformer (arXiv 2006.16236), RetNet (2307.08621), GLA (2312.06635) and Mamba-2
+(2405.21060) read after the write, `o_t = scale q_t S_t`; RWKV-5 and 6 (2404.05892) before it, with
+a bonus u for the token's own write, `o_t = scale q_t (S_{t-1} + diag(u) k_t v_t^T)`.
 
 Shape legend: B batch, T time, H heads, K key dim, V value dim, N chunks, C chunk length.
 `g` is `log_decay`, G its running sum in a chunk, E the same without the token's own.
@@ -15,12 +15,10 @@ from torch import Tensor
 from model.ops.decay import (
     LOG_ZERO,
     Chunks,
-    RunningDecay,
+    Decay,
     Segments,
     check_shapes,
-    decayed,
     state_dtype,
-    strict_products,
 )
 
 
@@ -68,7 +66,7 @@ def recurrent_additive(
         if reset is not None:
             state = state.masked_fill(reset[:, t, None, None, None], 0.0)
         write = k[:, t, :, :, None] * values[:, t, :, None, :]
-        decay = 1.0
+        decay: Tensor | float = 1.0
         if log_decay is not None:
             g = log_decay[:, t].to(state.dtype).clamp(min=LOG_ZERO)
             decay = (g if g.dim() == 3 else g[..., None]).exp()[..., None]
@@ -95,7 +93,7 @@ def parallel_additive(
     initial_state: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """All tokens at once, as attention is written: `o = (Q K^T * M) V` with `M_ij = exp(G_i - G_j)`.
+    """All tokens at once, as attention is written: `o = (Q K^T * M) V`, `M_ij = exp(G_i - G_j)`.
 
     Work and memory grow with T squared. Arguments, results and errors as `recurrent_additive`.
     """
@@ -128,34 +126,29 @@ def chunked_additive(
     eps: float = 1e-6,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """The parallel form inside chunks, the state between them: `S' = diag(exp G_C) S + (K exp(G_C - G))^T V`.
+    """The parallel form inside chunks, the state between them.
 
-    Work and memory grow with T. Arguments, results and errors as `recurrent_additive`; the result
-    does not depend on `chunk_size`.
+    `S' = diag(exp G_C) S + (K exp(G_C - G))^T V` takes the state from one chunk to the next. Work
+    and memory grow with T. Arguments, results and errors as `recurrent_additive`; the result does
+    not depend on `chunk_size`.
     """
     q, k, values, state = _prepare(
         q, k, v, log_decay, bonus, normalize, scale, reset, initial_state
     )
     chunks = Chunks(v.shape[1], chunk_size, log_decay)
-    decay = None if log_decay is None else RunningDecay.from_log_decay(log_decay, chunks)
+    decay = Decay(log_decay, chunks, values.dtype)
     segments = None if reset is None else Segments.from_reset(reset, chunks)
     q, k, values = chunks.cut(q), chunks.cut(k), chunks.cut(values)
 
-    read_until = None  # the exponent of a read: E before the write, G after it
-    if decay is not None:
-        read_until = decay.inclusive if bonus is None else decay.exclusive
-    scores = strict_products([(q, read_until)], [k], decay, chunks)[0, 0]
+    read = decay.reader(q, after_write=bonus is None)
+    o = decay.products([read], [k], segments) @ values
+    if bonus is not None:
+        o = o + (q * k * bonus[:, None, None, :]).sum(-1, keepdim=True) * values
+    from_state, write = read.faded, decay.to_end(k)
     if segments is not None:
-        scores = scores.masked_fill(~segments.same, 0.0)
-    own = (q * k if bonus is None else q * k * bonus[:, None, None, :]).sum(-1, keepdim=True)
-    o = scores @ values + own * values
-
-    write, read = decayed(k, None if decay is None else decay.until_end()), decayed(q, read_until)
-    if segments is not None:
-        write, read = write * segments.last, read * segments.first
-    writes = write.transpose(-1, -2) @ values
-    before, state = _carry(state, writes, decay, segments)
-    return _finish(chunks.join(o + read @ before), normalize, eps).to(v.dtype), state
+        from_state, write = from_state * segments.first, write * segments.last
+    states, state = _carry(state, write.mT @ values, decay.over_chunk(), segments)
+    return _finish(chunks.join(o + from_state @ states), normalize, eps).to(v.dtype), state
 
 
 def _prepare(
@@ -196,18 +189,24 @@ def _prepare(
 
 
 def _carry(
-    state: Tensor, writes: Tensor, decay: RunningDecay | None, segments: Segments | None
+    state: Tensor, writes: Tensor, keep: Tensor | None, segments: Segments | None
 ) -> tuple[Tensor, Tensor]:
-    """The state before each chunk, `[B, H, N, K, V]`, and after the last, from `writes [B, H, N, K, V]`."""
-    keep = None if decay is None else decay.total()[..., None].to(state.dtype).exp()
+    """The state before each chunk, `[B, H, N, K, V]`, and after the last.
+
+    Args:
+        state: `[B, H, K, V]`, before the first chunk.
+        writes: `[B, H, N, K, V]`, what each chunk adds.
+        keep: `[B, H, N, K or 1, 1]`, how it decays the state; None for not at all.
+        segments: the documents, or None for one.
+    """
+    if keep is None:
+        keep = state.new_ones(1).expand(*writes.shape[:3], 1, 1)
     if segments is not None:
-        unbroken = segments.first[:, :, :, -1:]
-        keep = unbroken.to(state.dtype) if keep is None else keep * unbroken
-    keeps = [None] * writes.shape[2] if keep is None else keep.unbind(2)
+        keep = keep * segments.first[:, :, :, -1:]
     before = []
-    for keep_chunk, write in zip(keeps, writes.unbind(2), strict=True):
+    for write, kept in zip(writes.unbind(2), keep.unbind(2), strict=True):
         before.append(state)
-        state = write + (state if keep_chunk is None else keep_chunk * state)
+        state = torch.addcmul(write, kept, state)
     return torch.stack(before, dim=2), state
 
 

@@ -23,7 +23,7 @@ class KVCache(NamedTuple):
     value: Tensor
     """`[B, S, H, V]`."""
     start: Tensor
-    """`[B]` int64: the first cached token that is visible; those before it belong to other documents."""
+    """`[B]` int64: the first visible token; those before it belong to other documents."""
 
     @classmethod
     def empty(cls, like_key: Tensor, like_value: Tensor) -> "KVCache":
@@ -33,7 +33,7 @@ class KVCache(NamedTuple):
 
     @staticmethod
     def concatenate(caches: Sequence["KVCache"]) -> "KVCache":
-        """One batch of several, of different lengths: shorter ones get invisible tokens in front."""
+        """One batch of several: shorter ones get invisible tokens in front."""
         longest = max(cache.key.shape[1] for cache in caches)
         keys, values, starts = [], [], []
         for cache in caches:
@@ -92,8 +92,8 @@ def parallel_attention(
 ) -> tuple[Tensor, KVCache]:
     """All tokens at once, through PyTorch's fused attention.
 
-    Arguments, results and errors as `recurrent_attention`. Where there is a cache or a reset, a mask
-    of T x (S + T) is built.
+    Arguments, results and errors as `recurrent_attention`. Where there is a cache or a reset, a
+    mask of T x (S + T) is built.
     """
     return chunked_attention(
         q,
@@ -116,16 +116,17 @@ def chunked_attention(
     initial_state: KVCache | None = None,
     chunk_size: int = 512,
 ) -> tuple[Tensor, KVCache]:
-    """As the parallel form, with masks of no more than C x (S + T): memory grows with T, work with T^2.
+    """As the parallel form, with masks of no more than C x (S + T).
 
     Arguments, results and errors as `recurrent_attention`.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
     first, cache = _extend(q, k, v, reset, initial_state)
-    queries, keys, values = (x.transpose(1, 2) for x in (q, cache.key, cache.value))
+    # The scale goes into q: the fused kernel multiplies its mask too, and a negative one gives NaN.
+    queries, keys, values = (x.transpose(1, 2) for x in (q * scale, cache.key, cache.value))
     if reset is None and initial_state is None:
-        o = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
+        o = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=1.0)
         return o.transpose(1, 2), cache
     time, total = v.shape[1], keys.shape[2]
     place = torch.arange(total, device=q.device)
@@ -141,7 +142,7 @@ def chunked_attention(
                 keys[:, :, :length],
                 values[:, :, :length],
                 attn_mask=visible[:, None],
-                scale=scale,
+                scale=1.0,
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2), cache
@@ -150,7 +151,7 @@ def chunked_attention(
 def _extend(
     q: Tensor, k: Tensor, v: Tensor, reset: Tensor | None, initial_state: KVCache | None
 ) -> tuple[Tensor, KVCache]:
-    """The first visible place for each query, `[B, T]`, and the cache with k and v behind the old."""
+    """The first place each query sees, `[B, T]`, and the cache with k and v behind the old."""
     check_shapes(q, k, v, log_decay=None, reset=reset, initial_state=None, state_width=v.shape[-1])
     old = KVCache.empty(k, v) if initial_state is None else initial_state
     cached, (batch, _, heads) = old.key.shape[1], k.shape[:3]

@@ -1,4 +1,4 @@
-"""What the recurrences share: checked arguments, chunks, running decays and products weighted by them.
+"""What the recurrences share: checked arguments, chunks, running decays and decayed products.
 
 Shape legend: B batch, T time, H heads, K key dim, V value dim, N chunks, C chunk length.
 """
@@ -17,8 +17,11 @@ LOG_ZERO = -1000.0
 subtracted from itself."""
 
 _MAX_SPAN = 40.0
-"""Largest sum of log-decays in a block in which exp(G_i) and exp(-G_j) are formed apart. Measured from
-the middle, both stay below exp(20), and what the mask removes below exp(40): far from overflow."""
+"""Largest sum of log-decays over which exp(G_i) and exp(-G_j) are formed apart: what the mask
+removes of their products stays below exp(40), far from overflow."""
+
+_WEAK = 1.0
+"""Strongest log-decay of a step whose gradient survives as the difference of two rounded terms."""
 
 
 def state_dtype(*tensors: Tensor) -> torch.dtype:
@@ -72,7 +75,7 @@ class Chunks:
     """A plan to cut T tokens into N chunks of C, and each chunk into `2**levels` blocks.
 
     A block is a stretch in which the decays are weak enough for exp(G_i) and exp(-G_j) to be formed
-    apart. C is `chunk_size`, or a little more where the blocks need it: results do not depend on it.
+    apart. C is `chunk_size`, or a little more where the blocks need it: no result depends on it.
     The last chunk is filled up with zeros: tokens that neither write nor decay.
     """
 
@@ -87,11 +90,12 @@ class Chunks:
         self.block = math.ceil(length / 2**self.levels)
         self.length = self.block * 2**self.levels
         self.padding = -time % self.length
+        self.is_weak = strongest <= _WEAK and self.levels == 0
 
     def cut(self, x: Tensor) -> Tensor:
-        """`[B, T, H, X]` -> `[B, H, N, C, X]`."""
+        """`[B, T, H, X]` -> `[B, H, N, C, X]`, contiguous."""
         x = F.pad(x, (0, 0, 0, 0, 0, self.padding)) if self.padding else x
-        return rearrange(x, "b (n c) h x -> b h n c x", c=self.length)
+        return rearrange(x, "b (n c) h x -> b h n c x", c=self.length).contiguous()
 
     def join(self, x: Tensor) -> Tensor:
         """`[B, H, N, C, X]` -> `[B, T, H, X]`."""
@@ -104,7 +108,7 @@ class Segments(NamedTuple):
     same: Tensor
     """`[B, 1, N, C, C]` bool: tokens i and j stand in the same document."""
     first: Tensor
-    """`[B, 1, N, C, 1]` bool: no document has started yet in this chunk: the carried state counts."""
+    """`[B, 1, N, C, 1]` bool: no document has started in this chunk: the carried state counts."""
     last: Tensor
     """`[B, 1, N, C, 1]` bool: none starts after this token: its write reaches the next chunk."""
 
@@ -115,94 +119,143 @@ class Segments(NamedTuple):
         return cls(index == index.transpose(-1, -2), index == 0, index == index[..., -1:, :])
 
 
-class RunningDecay(NamedTuple):
-    """Sums of log-decays since the start of the chunk, `[B, H, N, C, K or 1]`, in float64."""
+class Reader(NamedTuple):
+    """Something that reads the state at every token, and what earlier writes are worth to it."""
 
-    inclusive: Tensor
-    """G_i: the sum up to and with token i."""
-    exclusive: Tensor
-    """E_i: the sum up to and without token i, shifted from G so that nothing is subtracted."""
-
-    @classmethod
-    def from_log_decay(cls, log_decay: Tensor, chunks: Chunks) -> "RunningDecay":
-        """From `log_decay [B, T, H]` or `[B, T, H, K]`, <= 0, -inf allowed."""
-        g = log_decay if log_decay.dim() == 4 else log_decay[..., None]
-        inclusive = chunks.cut(g.double().clamp(min=LOG_ZERO)).cumsum(dim=-2)
-        return cls(inclusive, F.pad(inclusive[..., :-1, :], (0, 0, 1, 0)))
-
-    def total(self) -> Tensor:
-        """`[B, H, N, K or 1]`: the sum over each whole chunk."""
-        return self.inclusive[..., -1, :]
-
-    def until_end(self) -> Tensor:
-        """`[B, H, N, C, K or 1]`: the sum after token i, which its write still passes through."""
-        return self.inclusive[..., -1:, :] - self.inclusive
+    x: Tensor
+    """`[B, H, N, C, K]`."""
+    faded: Tensor
+    """x times the decay since the start of the chunk."""
+    after_write: bool
+    """Whether it reads the state after the token's decay and write (G), or before them (E)."""
 
 
-def decayed(x: Tensor, exponent: Tensor | None) -> Tensor:
-    """`x * exp(exponent)` in the dtype of x; None stands for an exponent of 0."""
-    return x if exponent is None else x * exponent.to(x.dtype).exp()
+class Decay:
+    """The decays of each chunk as the ops need them, for decays of any strength.
 
-
-def strict_products(
-    rows: Sequence[tuple[Tensor, Tensor | None]],
-    columns: Sequence[Tensor],
-    decay: RunningDecay | None,
-    chunks: Chunks,
-) -> Tensor:
-    """All `sum_c row_ic column_jc exp(X_ic - G_jc)` with `i > j` inside each chunk, for any decays.
-
-    Inside a block exp(X_i) and exp(-G_j) are formed apart, measured from its middle. Two
-    neighbouring blocks meet through the decay E at their border, from which both factors are
-    at most 1, and so on upwards: GLA's sub-chunks (arXiv 2312.06635, section 4.3) at every level.
+    Sums are formed in float64. All that is exponentiated here is at most 0, but for the inverse of
+    weak decays, which stays below exp(40).
 
     Args:
-        rows: R pairs of a tensor `[B, H, N, C, K]` and its exponent X: G or E of `decay`, or None.
-        columns: M tensors `[B, H, N, C, K]`.
-        decay: the running decay, or None for none.
-        chunks: the plan that cut them.
-
-    Returns:
-        `[R, M, B, H, N, C, C]`, zero on and above the diagonal.
+        log_decay: `[B, T, H]` or `[B, T, H, K]`, <= 0, -inf allowed; None for no decay.
+        chunks: the plan.
+        dtype: of what is weighted.
     """
 
-    def products(size: int, row: slice, column: slice, origin: Tensor | None) -> Tensor:
-        """`[R, M, B, H, N, P, i, j]`: some rows times some columns of each stretch of `size`."""
+    def __init__(self, log_decay: Tensor | None, chunks: Chunks, dtype: torch.dtype) -> None:
+        self.chunks = chunks
+        self._sum = self._inclusive = self._exclusive = self._inverse = self._to_end = None
+        if log_decay is None:
+            return
+        g = (log_decay if log_decay.dim() == 4 else log_decay[..., None]).double()
+        self._sum = chunks.cut(g.clamp(min=LOG_ZERO)).cumsum(dim=-2)
+        faded = self._sum.exp()
+        self._inclusive = faded.to(dtype)
+        self._exclusive = F.pad(faded[..., :-1, :], (0, 0, 1, 0), value=1.0).to(dtype)
+        if chunks.is_weak:
+            self._inverse = faded.reciprocal().to(dtype)
+            self._to_end = self._inverse * self._inclusive[..., -1:, :]
+        else:
+            # The last one is a constant 1, not exp of a difference: the gradients of its two terms
+            # would cancel but for rounding, which is more than a strong decay's own gradient.
+            after = self._sum[..., -1:, :] - self._sum[..., :-1, :]
+            self._to_end = F.pad(after.exp(), (0, 0, 0, 1), value=1.0).to(dtype)
 
-        def part(x: Tensor, which: slice) -> Tensor:
+    def reader(self, x: Tensor, *, after_write: bool) -> Reader:
+        """A reader `x [B, H, N, C, K]` of the state after or before each token's write."""
+        factor = self._inclusive if after_write else self._exclusive
+        return Reader(x, x if factor is None else x * factor, after_write)
+
+    def to_end(self, x: Tensor) -> Tensor:
+        """`x [B, H, N, C, K]`, written at each token, as it stands at the end of the chunk."""
+        return x if self._to_end is None else x * self._to_end
+
+    def over_chunk(self) -> Tensor | None:
+        """`[B, H, N, K or 1, 1]`: what a whole chunk leaves of the state; None for all."""
+        return None if self._inclusive is None else self._inclusive[..., -1, :, None]
+
+    def products(
+        self, readers: Sequence[Reader], columns: Sequence[Tensor], segments: Segments | None
+    ) -> Tensor:
+        """What every reader finds of every write of its chunk: `sum_c x_ic column_jc decay_ijc`.
+
+        Args:
+            readers: R of them.
+            columns: M tensors `[B, H, N, C, K]`, each row written at its token.
+            segments: the documents; what was written in another one is not found.
+
+        Returns:
+            `[B, H, N, R C, M C]`, zero for writes that are still to come.
+        """
+        length, count = self.chunks.length, len(columns)
+        if self.chunks.is_weak:
+            fading = [x if self._inverse is None else x * self._inverse for x in columns]
+            found = torch.cat([r.faded for r in readers], -2) @ torch.cat(fading, -2).mT
+        else:
+            strict = self._strict_products(readers, columns)
+            found = rearrange(strict, "r m b h n i j -> b h n (r i) (m j)")
+            for place, reader in enumerate(readers):
+                if reader.after_write:
+                    own = [torch.diag_embed((reader.x * x).sum(-1)) for x in columns]
+                    space = (place * length, (len(readers) - 1 - place) * length)
+                    found = found + F.pad(torch.cat(own, -1), (0, 0, *space))
+        seen = torch.ones(length, length, dtype=torch.bool, device=found.device)
+        masks = [seen.tril(0 if reader.after_write else -1) for reader in readers]
+        visible = torch.cat(masks).repeat(1, count)
+        if segments is not None:
+            visible = visible & segments.same.repeat(1, 1, 1, len(readers), count)
+        return found.masked_fill(~visible, 0.0)
+
+    def _strict_products(self, readers: Sequence[Reader], columns: Sequence[Tensor]) -> Tensor:
+        """`[R, M, B, H, N, C, C]`: the products below the diagonal, for decays of any strength.
+
+        Inside a block exp(X_i) and exp(-G_j) are formed apart, measured from its middle. Two
+        neighbouring blocks meet through the decay E at their border, from which both factors are
+        at most 1, and so on upwards: GLA's sub-chunks (arXiv 2312.06635, section 4.3) at every
+        level.
+        """
+        inclusive = self._sum
+        assert inclusive is not None
+        exclusive = F.pad(inclusive[..., :-1, :], (0, 0, 1, 0))
+
+        def part(x: Tensor, size: int, which: slice) -> Tensor:
+            """`[B, H, N, P, c, K]`: the same rows of each stretch of `size`."""
             return rearrange(x, "b h n (p c) k -> b h n p c k", c=size)[..., which, :]
 
-        left, right = [], []
-        for x, exponent in rows:
-            apart = None if origin is None or exponent is None else part(exponent, row) - origin
-            left.append(decayed(part(x, row), apart))
-        shrink = None if decay is None or origin is None else origin - part(decay.inclusive, column)
-        for x in columns:
-            right.append(decayed(part(x, column), shrink))
-        product = torch.cat(left, dim=-2) @ torch.cat(right, dim=-2).transpose(-1, -2)
-        return rearrange(
-            product, "b h n p (r i) (m j) -> r m b h n p i j", r=len(rows), m=len(columns)
-        )
+        def products(size: int, row: slice, column: slice, origin: int) -> Tensor:
+            """`[R, M, B, H, N, P, i, j]`: some rows times some columns of each stretch."""
+            start = part(exclusive, size, slice(origin, origin + 1))
+            left = [
+                _decayed(
+                    part(reader.x, size, row),
+                    part(inclusive if reader.after_write else exclusive, size, row) - start,
+                )
+                for reader in readers
+            ]
+            since = start - part(inclusive, size, column)
+            right = [_decayed(part(x, size, column), since) for x in columns]
+            return rearrange(
+                torch.cat(left, dim=-2) @ torch.cat(right, dim=-2).mT,
+                "b h n p (r i) (m j) -> r m b h n p i j",
+                r=len(readers),
+                m=len(columns),
+            )
 
-    def exclusive_at(size: int, offset: int) -> Tensor | None:
-        """`[B, H, N, P, 1, K or 1]`: E at one place of each stretch of `size`."""
-        if decay is None:
-            return None
-        return rearrange(decay.exclusive, "b h n (p c) k -> b h n p c k", c=size)[
-            ..., offset, None, :
-        ]
+        size, whole = self.chunks.block, slice(None)
+        if size == 1:  # nothing below the diagonal, and exp(-G) could overflow on it
+            shape = (len(readers), len(columns), *columns[0].shape[:4], 1, 1)
+            result = columns[0].new_zeros(shape)
+        else:
+            result = products(size, whole, whole, size // 2).tril(-1)
+        while size < self.chunks.length:
+            crossing = products(2 * size, slice(size, None), slice(size), size)
+            upper, lower = rearrange(result, "... (p two) i j -> two ... p i j", two=2)
+            upper = F.pad(upper, (0, size))
+            result = torch.cat([upper, torch.cat([crossing, lower], dim=-1)], dim=-2)
+            size *= 2
+        return result.squeeze(-3)
 
-    size, whole = chunks.block, slice(None)
-    if size == 1:  # nothing below the diagonal, and exp(-G) could overflow on it
-        shape = (len(rows), len(columns), *columns[0].shape[:4], 1, 1)
-        result = columns[0].new_zeros(shape)
-    else:
-        result = products(size, whole, whole, exclusive_at(size, size // 2)).tril(-1)
-    while size < chunks.length:
-        border = exclusive_at(2 * size, size)
-        crossing = products(2 * size, slice(size, None), slice(size), border)
-        upper, lower = rearrange(result, "... (p two) i j -> two ... p i j", two=2)
-        upper = F.pad(upper, (0, size))
-        result = torch.cat([upper, torch.cat([crossing, lower], dim=-1)], dim=-2)
-        size *= 2
-    return result.squeeze(-3)
+
+def _decayed(x: Tensor, exponent: Tensor) -> Tensor:
+    """`x * exp(exponent)` in the dtype of x."""
+    return x * exponent.to(x.dtype).exp()

@@ -1,0 +1,312 @@
+"""Generation: read a prompt in stretches, then take one step of constant cost a token.
+
+Token ids only. The state can be kept, branched and saved at any time: it is a value.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.language_model import LanguageModel
+from model.state import ModelState, concatenate, map_tensors, select_rows, tensors
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the logits; applied in the order of the fields.
+
+    Raises:
+        ValueError: for a value out of range, or one that has no effect.
+    """
+
+    repetition_penalty: float = 1.0
+    """Makes tokens that were there before less likely (CTRL, arXiv 1909.05858); 1 changes nothing.
+    As is usual, positive logits are divided by it and negative ones multiplied."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int | None = None
+    """Keeps the k likeliest tokens (arXiv 1805.04833)."""
+    top_p: float | None = None
+    """Keeps the fewest likeliest tokens that hold this probability (arXiv 1904.09751)."""
+    min_p: float | None = None
+    """Keeps tokens with this fraction of the likeliest one's probability (arXiv 2407.01082)."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be drawn with."""
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(
+                f"repetition_penalty must be above 0, but is {self.repetition_penalty}"
+            )
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be at least 0, but is {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, but is {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, but is {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be between 0 and 1, but is {self.min_p}")
+        for name in ("top_k", "top_p", "min_p"):
+            if self.temperature == 0 and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect at temperature 0: leave one of them out")
+
+
+def sample(
+    logits: Tensor,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    seen: Tensor | None = None,
+) -> Tensor:
+    """Draws one token a row. A row takes one number of its own generator and sees no other row.
+
+    Works in float64 on the CPU, so that a seed gives the same text everywhere.
+
+    Args:
+        logits: `[B, V]`; not changed.
+        sampling: how to draw.
+        generators: B generators on the CPU.
+        seen: `[B, V]` bool, the tokens that the repetition penalty is for.
+
+    Returns:
+        `[B]` int64 on the CPU.
+
+    Raises:
+        ValueError: if the logits are not numbers, or `seen` is missing.
+    """
+    scores = logits.detach().cpu().double()
+    if not scores.amax(dim=-1).isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are damaged or diverged")
+    if sampling.repetition_penalty != 1:
+        if seen is None:
+            raise ValueError("a repetition penalty needs `seen`, the tokens that were there before")
+        factor = sampling.repetition_penalty
+        scores = torch.where(
+            seen.cpu(), torch.where(scores > 0, scores / factor, scores * factor), scores
+        )
+    if sampling.temperature == 0:
+        return scores.argmax(dim=-1)
+    cumulative = _probabilities(scores, sampling).cumsum(dim=-1)
+    numbers = [torch.rand(1, generator=row, dtype=torch.float64) for row in generators]
+    return torch.searchsorted(
+        cumulative, torch.stack(numbers) * cumulative[:, -1:], right=True
+    ).squeeze(-1)
+
+
+def prefill(
+    model: LanguageModel, tokens: Tensor, state: ModelState | None = None, chunk: int = 1024
+) -> tuple[Tensor, ModelState]:
+    """Reads tokens in the chunked form, a stretch after the other.
+
+    Activations take the memory of one stretch, whatever T is; only a KV cache grows with T.
+
+    Args:
+        model: which reads.
+        tokens: `[B, T]` int64, T >= 1.
+        state: of the tokens before these; None for none.
+        chunk: tokens of a stretch.
+
+    Returns:
+        Logits `[B, V]` of the token after the last, and the state after the last.
+
+    Raises:
+        ValueError: for no tokens, tokens outside the vocabulary, or a stretch below 1.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, but is {chunk}")
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise ValueError(f"tokens must be [B, T] with at least one, but are {[*tokens.shape]}")
+    if not 0 <= tokens.min() <= tokens.max() < model.config.vocab_size:
+        raise ValueError(
+            f"a token lies outside the model's vocabulary of {model.config.vocab_size}: "
+            "encode with the tokenizer that it was trained with"
+        )
+    with torch.no_grad():
+        for stretch in torch.split(tokens.to(model.embedding.weight.device), chunk, dim=1):
+            x, state = model.features(stretch, state, form="chunked")
+        logits: Tensor = model.head(x[:, -1])
+    own: ModelState = map_tensors(_without_surroundings, state)
+    return logits, own
+
+
+def step(model: LanguageModel, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+    """Reads one token a row in the recurrent form: `[B]` -> logits `[B, V]` of the next, state."""
+    with torch.no_grad():
+        output = model(tokens[:, None].to(model.embedding.weight.device), state, form="recurrent")
+    return output.logits[:, -1], output.state
+
+
+class Generation(Iterator[list[int | None]]):
+    """Draws a token for each row, reads it, and so on; iterate for the tokens.
+
+    At any time `state` has read all tokens that were given out, and `logits` are those of the next.
+    A row ends with the first of `stop_ids`, which is given out and read too; after that it gives
+    None and costs nothing.
+
+    Args:
+        model: which reads.
+        logits: `[B, V]` of the next token.
+        state: of everything before it, B rows.
+        max_tokens: how many a row at most.
+        sampling: how to draw.
+        generators: one a row; they move on.
+        seen: `[B, V]` bool, for the repetition penalty: the tokens so far. None for none.
+        stop_ids: the tokens that end a row.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        logits: Tensor,
+        state: ModelState,
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+        seen: Tensor | None = None,
+        stop_ids: Collection[int] = (),
+    ) -> None:
+        if max_tokens < 0:
+            raise ValueError(f"max_tokens must be at least 0, but is {max_tokens}")
+        self.model, self.sampling, self.stop_ids = model, sampling, frozenset(stop_ids)
+        self._left, self._generators = max_tokens, generators
+        self._seen = torch.zeros(logits.shape, dtype=torch.bool) if seen is None else seen.clone()
+        self._rows = list(range(logits.shape[0]))
+        self._logits, self._state = logits, state
+        self._ended: dict[int, tuple[Tensor, ModelState]] = {}
+
+    @property
+    def logits(self) -> Tensor:
+        """`[B, V]`, of each row's next token."""
+        if not self._ended:
+            return self._logits
+        return torch.cat([logits for logits, _ in self._in_order()])
+
+    @property
+    def state(self) -> ModelState:
+        """After everything given out so far, B rows."""
+        return self._state if not self._ended else concatenate([s for _, s in self._in_order()])
+
+    @property
+    def seen(self) -> Tensor:
+        """`[B, V]` bool: which tokens have come, those of the prompts included."""
+        return self._seen.clone()
+
+    def __next__(self) -> list[int | None]:
+        if self._left == 0 or not self._rows:
+            raise StopIteration
+        seen = self._seen[self._rows] if self.sampling.repetition_penalty != 1 else None
+        generators = [self._generators[row] for row in self._rows]
+        tokens = sample(self._logits, self.sampling, generators, seen)
+        self._logits, self._state = step(self.model, tokens, self._state)
+        self._seen[self._rows, tokens] = True
+        self._left -= 1
+        drawn: list[int | None] = [None] * self._seen.shape[0]
+        for row, token in zip(self._rows, tokens.tolist(), strict=True):
+            drawn[row] = token
+        if any(drawn[row] in self.stop_ids for row in self._rows):
+            self._end_rows(drawn)
+        return drawn
+
+    def _end_rows(self, drawn: Sequence[int | None]) -> None:
+        """Takes the rows that drew a stop token out of the batch."""
+        going = []
+        for place, row in enumerate(self._rows):
+            if drawn[row] in self.stop_ids:
+                self._ended[row] = self._row(place)
+            else:
+                going.append(place)
+        if going:
+            self._logits, self._state = self._logits[going], select_rows(self._state, going)
+        self._rows = [self._rows[place] for place in going]
+
+    def _row(self, place: int) -> tuple[Tensor, ModelState]:
+        return self._logits[place : place + 1], select_rows(self._state, [place])
+
+    def _in_order(self) -> list[tuple[Tensor, ModelState]]:
+        rows = self._ended | {row: self._row(place) for place, row in enumerate(self._rows)}
+        return [rows[row] for row in sorted(rows)]
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    state: ModelState | None = None,
+    stop_ids: Collection[int] = (),
+) -> Generation:
+    """Goes on from one prompt or many, of any lengths; the rows do not influence each other.
+
+    Args:
+        model: in evaluation mode.
+        prompts: B lists of token ids, none of them empty.
+        max_tokens: how many to draw for each at most.
+        sampling: how to draw; `Sampling()` if None.
+        seed: row r draws with seed + r, and so can be repeated alone.
+        state: B rows, of what stands before the prompts; None for nothing.
+        stop_ids: the tokens that end a row.
+
+    Returns:
+        An iterator of B tokens a step, None for a row that has ended. The prompts have been read.
+
+    Raises:
+        ValueError: for an empty prompt, a token outside the vocabulary, a state of other than B
+            rows, or a seed that is negative or above 2^62.
+    """
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError("every prompt needs a token: start a text with the end token")
+    if not 0 <= seed <= 1 << 62:
+        raise ValueError(f"seed must be between 0 and 2^62, but is {seed}")
+    if state is not None and (rows := num_rows(state)) != len(prompts):
+        raise ValueError(f"the state has {rows} rows, but there are {len(prompts)} prompts")
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool)
+    all_logits, states = [], []
+    for row, prompt in enumerate(prompts):
+        ids = torch.tensor([list(prompt)], dtype=torch.long)
+        before = None if state is None else select_rows(state, [row])
+        logits, after = prefill(model, ids, before)
+        all_logits.append(logits)
+        states.append(after)
+        seen[row, ids[0]] = True
+    return Generation(
+        model,
+        torch.cat(all_logits),
+        concatenate(states),
+        max_tokens=max_tokens,
+        sampling=Sampling() if sampling is None else sampling,
+        generators=[torch.Generator().manual_seed(seed + row) for row in range(len(prompts))],
+        seen=seen,
+        stop_ids=stop_ids,
+    )
+
+
+def num_rows(state: ModelState) -> int:
+    """B."""
+    return next(tensor.shape[0] for _, tensor in tensors(state))
+
+
+def _probabilities(scores: Tensor, sampling: Sampling) -> Tensor:
+    """`[B, V]` logits -> what each token is drawn in proportion to; 0 for those left out."""
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / sampling.temperature
+    if sampling.top_k is not None:
+        best = scores.topk(min(sampling.top_k, scores.shape[-1]))
+        scores = torch.full_like(scores, -math.inf).scatter(-1, best.indices, best.values)
+    kept = scores.softmax(dim=-1)
+    if sampling.top_p is not None:
+        ordered, order = kept.sort(dim=-1, descending=True, stable=True)
+        likelier = ordered.cumsum(dim=-1) - ordered
+        left_out = torch.zeros_like(kept, dtype=torch.bool)
+        kept = kept.masked_fill(left_out.scatter(-1, order, likelier >= sampling.top_p), 0)
+    if sampling.min_p is not None:
+        kept = kept.masked_fill(kept < sampling.min_p * kept.amax(dim=-1, keepdim=True), 0)
+    return kept
+
+
+def _without_surroundings(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it is a part of a larger one that it would keep in memory."""
+    is_part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+    return tensor.clone() if is_part else tensor

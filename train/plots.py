@@ -1,0 +1,263 @@
+"""The two figures of a comparison. Drawn without pyplot: no global state, no window, no dates."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import cycle, product
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from train.checkpoint import write_atomically
+from train.findings import equal_time, growing, leaders, overlap
+from train.readable import listed, readable_bytes, readable_count, readable_seconds, short_context
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
+"""Okabe and Ito's colours, which colour-blind people can tell apart; the yellow is too pale."""
+
+DASHES = ("-", "--", ":")
+"""Once all colours are taken they come again, dashed."""
+
+DPI = 200
+LONGEST_TITLE = 45
+TRAINING = {"linewidth": 0.7, "alpha": 0.3, "zorder": 2}
+INK, QUIET, GRID = "#222222", "#5F5F5F", "#E4E4E4"
+SKIPPED_START = 0.1
+"""The part of training that does not set the range of the loss axis: the first fall is steep."""
+
+
+def save_loss_plot(results: dict[str, Any], path: Path) -> None:
+    """Validation loss against tokens and against time, training loss pale behind it."""
+    figure, (by_tokens, by_time) = _figure(results)
+    models = results["models"]
+    time_name, time_unit = _time_unit(models)
+    _draw_losses(by_tokens, models, "tokens", 1.0)
+    _draw_losses(by_time, models, "seconds", time_unit)
+    by_tokens.set_xlabel("Training tokens")
+    by_tokens.xaxis.set_major_formatter(_ticks(_count_text))
+    by_time.set_xlabel(f"Training time ({time_name})")
+    by_tokens.set_ylabel("Loss (nats per token)")
+    left, right = _loss_titles(results)
+    _title(by_tokens, left)
+    _title(by_time, right)
+    has_training = any(run["curve"] for model in models for run in model["runs"])
+    note = "Thick: validation loss. Thin: training loss." if has_training else "Validation loss."
+    if any(len(model["runs"]) > 1 for model in models):
+        note += " One line for each seed; training loss of the first."
+    _save(figure, note, path)
+
+
+def save_generation_plot(results: dict[str, Any], path: Path) -> None:
+    """Milliseconds a token and bytes of state against the context, both on log axes."""
+    figure, (time, memory) = _figure(results)
+    models = results["models"]
+    contexts = sorted({point["context"] for model in models for point in model["generation"]})
+    for model, style in zip(models, _styles(), strict=False):
+        points = sorted(model["generation"], key=lambda point: int(point["context"]))
+        x = [point["context"] for point in points]
+        low, high = ([point[key] for point in points] for key in ("low", "high"))
+        time.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        for axes, key in ((time, "ms_per_token"), (memory, "state_bytes")):
+            y = [point[key] for point in points]
+            axes.plot(x, y, **style, linewidth=2, marker="o", markersize=5, markeredgecolor="white")
+    _log_axis(time, _values(models, ("ms_per_token", "low", "high")), "{:g}".format)
+    _log_axis(memory, _values(models, ("state_bytes",)), _bytes_text)
+    for axes in (time, memory):
+        _context_axis(axes, contexts)
+        axes.set_xlabel("Context (tokens already read)")
+    time.set_ylabel("Time per generated token (ms)")
+    memory.set_ylabel("Memory for the state")
+    left, right = _generation_titles(models, contexts)
+    _title(time, left)
+    _title(memory, right)
+    _save(figure, "Points: medians. Bands: lowest to highest measurement. Both axes log.", path)
+
+
+def _figure(results: dict[str, Any]) -> tuple[Figure, tuple[Axes, Axes]]:
+    """Two panels under one legend: a fixed colour for each mixer, by its place in the results."""
+    figure = Figure(figsize=(10.5, 4.6), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for axes in (left, right):
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_color("#AAAAAA")
+        axes.tick_params(colors=QUIET, labelsize=9, length=3, color="#AAAAAA", which="both")
+        axes.xaxis.label.set(color=INK, fontsize=10)
+        axes.yaxis.label.set(color=INK, fontsize=10)
+    mixers = [model["mixer"] for model in results["models"]]
+    styles = zip(mixers, _styles(), strict=False)
+    handles = [Line2D([], [], linewidth=2.5, **style) for _, style in styles]
+    figure.legend(
+        handles,
+        mixers,
+        loc="outside upper left",
+        ncols=min(len(mixers), 6),
+        frameon=False,
+        fontsize=10,
+        labelcolor=INK,
+        handlelength=2.2,
+    )
+    return figure, (left, right)
+
+
+def _styles() -> "cycle[dict[str, Any]]":
+    return cycle({"color": color, "linestyle": dash} for dash, color in product(DASHES, PALETTE))
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=11, fontweight="bold", color=INK, pad=8)
+
+
+def _save(figure: Figure, note: str, path: Path) -> None:
+    """The same results give the same bytes: no date, and no version of matplotlib."""
+    figure.supxlabel(note, x=0.01, ha="left", fontsize=8.5, color=QUIET)
+    metadata = {"Software": None}
+    write_atomically(path, lambda beside: figure.savefig(beside, format="png", metadata=metadata))
+
+
+def _draw_losses(axes: Axes, models: list[dict[str, Any]], x: str, unit: float) -> None:
+    shown: list[float] = []
+    for model, style in zip(models, _styles(), strict=False):
+        thick = 2.0 if len(model["runs"]) == 1 else 1.3
+        for number, run in enumerate(model["runs"]):
+            if number == 0:
+                shown += _draw_curve(axes, run["curve"], x, unit, style | TRAINING)[:1]
+            validation = style | {"linewidth": thick, "zorder": 3}
+            shown += _draw_curve(axes, run["validation_curve"], x, unit, validation)
+    if not shown:
+        _say_empty(axes, "no loss was recorded")
+        return
+    low, high = min(shown), max(shown)
+    pad = max(0.05 * (high - low), 0.01 * abs(low), 1e-6)
+    axes.set_ylim(low - pad, high + pad)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.ticklabel_format(axis="y", useOffset=False)
+
+
+def _draw_curve(
+    axes: Axes, points: list[dict[str, Any]], x: str, unit: float, style: dict[str, Any]
+) -> list[float]:
+    """Draws what is finite; returns the losses after the first steep fall, the lowest first."""
+    points = [point for point in points if math.isfinite(point["loss"])]
+    mark: dict[str, Any] = {"marker": "o", "markersize": 4} if len(points) == 1 else {}
+    at = [point[x] / unit for point in points]
+    losses = [float(point["loss"]) for point in points]
+    axes.plot(at, losses, **style, **mark)
+    return sorted(y for y, t in zip(losses, at, strict=True) if t >= SKIPPED_START * at[-1])
+
+
+def _say_empty(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=QUIET)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _ticks(text: Callable[[float], str]) -> FuncFormatter:
+    return FuncFormatter(lambda value, _: text(value))
+
+
+def _time_unit(models: list[dict[str, Any]]) -> tuple[str, float]:
+    longest = max((run["seconds"] for model in models for run in model["runs"]), default=0.0)
+    if longest < 300:
+        return "seconds", 1.0
+    return ("minutes", 60.0) if longest < 3 * 3600 else ("hours", 3600.0)
+
+
+def _loss_titles(results: dict[str, Any]) -> tuple[str, str]:
+    models = results["models"]
+    finals = {m["mixer"]: [run["validation_bits_per_byte"] for run in m["runs"]] for m in models}
+    finals = {mixer: v for mixer, v in finals.items() if all(map(math.isfinite, v))}
+    if len(models) == 1 or not finals:
+        return "Validation loss by tokens", "Validation loss by time"
+    equal = equal_time(results)
+    by_time = "Validation loss by time"
+    if equal is not None:
+        found = _lowest(leaders(equal.values), len(equal.values))
+        by_time = f"After an equal {readable_seconds(equal.seconds)}, {found}"
+    return f"After all tokens, {_lowest(leaders(finals), len(finals))}", by_time
+
+
+def _lowest(order: list[str], of: int) -> str:
+    if len(order) == 1:
+        return f"{order[0]} is lowest"
+    return f"{listed(order)} lead" if len(order) == 2 < of else "there is no clear winner"
+
+
+def _values(models: list[dict[str, Any]], keys: Sequence[str]) -> list[float]:
+    points = (point for model in models for point in model["generation"])
+    return [float(value) for point in points for key in keys if (value := point[key]) > 0]
+
+
+def _log_axis(axes: Axes, values: list[float], text: Callable[[float], str]) -> None:
+    """A log axis with ticks that can be read, and at least a factor of four from end to end."""
+    if not values:
+        _say_empty(axes, "nothing was measured")
+        return
+    low, high = min(values) / 1.25, max(values) * 1.25
+    widen = max(1.0, math.sqrt(4 * low / high))
+    low, high = low / widen, high * widen
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    subs = (1.0,) if high / low > 500 else (1.0, 3.0) if high / low > 30 else (1.0, 2.0, 5.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(_ticks(text))
+
+
+def _context_axis(axes: Axes, contexts: list[int]) -> None:
+    """Ticks where something was measured, the largest context always, eight at most."""
+    if not contexts:
+        return
+    axes.set_xscale("log")
+    axes.set_xlim(contexts[0] / 1.25, contexts[-1] * 1.25)
+    every = math.ceil(len(contexts) / 8)
+    axes.xaxis.set_major_locator(FixedLocator(contexts[::-1][::every]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(_ticks(short_context))
+
+
+def _count_text(count: float) -> str:
+    """`200k`, `1.5M`."""
+    number, _, unit = readable_count(count).partition(" ")
+    return f"{float(number.replace(',', '')):g}{unit}"
+
+
+def _bytes_text(count: float) -> str:
+    """`3 MB`, where a text would have `3.0 MB`."""
+    return readable_bytes(count).replace(".0 ", " ")
+
+
+def _generation_titles(models: list[dict[str, Any]], contexts: list[int]) -> tuple[str, str]:
+    time, memory = "Time per generated token", "Memory for the state"
+    if not contexts:
+        return time, memory
+    largest = contexts[-1]
+    at_largest = sorted(
+        (
+            (model["mixer"], point)
+            for model in models
+            for point in model["generation"]
+            if point["context"] == largest
+        ),
+        key=lambda item: float(item[1]["ms_per_token"]),
+    )
+    if len(at_largest) > 1:
+        (fastest, first), (_, second) = at_largest[:2]
+        found = "no clear winner" if overlap(first, second) else f"{fastest} is fastest"
+        time = f"At {short_context(largest)} tokens, {found}"
+    grown, constant = growing(models)
+    groups = [("constant", constant), ("growing", grown)]
+    by_name = ", ".join(f"{word} for {listed(names)}" for word, names in groups if names)
+    by_count = ", ".join(f"{word} for {len(names)}" for word, names in groups if names)
+    if by_name:
+        memory = f"State: {by_name if len(by_name) <= LONGEST_TITLE else f'{by_count} mixers'}"
+    return time, memory
