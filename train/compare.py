@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import shlex
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -389,11 +390,9 @@ def _spread(name: str, measurement: benchmark.Measurement) -> dict[str, float]:
 
 def _command(config: CompareConfig, steps: int) -> str:
     """What repeats the comparison: with the steps that were taken, whatever the budget was."""
-    parts = ["ebb compare"]
+    parts = ["ebb", "compare"]
     settings = {**config.to_dict(), "budget": f"{steps}-steps"}
     for field in dataclasses.fields(CompareConfig):
         if field.name in settings and settings[field.name] != field.default:
-            value = str(settings[field.name])
-            quoted = f"'{value}'" if not value.replace(",", "").isalnum() else value
-            parts.append(f"--{field.name.replace('_', '-')} {quoted}")
-    return " ".join(parts)
+            parts += [f"--{field.name.replace('_', '-')}", str(settings[field.name])]
+    return shlex.join(parts)

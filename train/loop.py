@@ -63,10 +63,8 @@ def train(config: TrainConfig, display: Display | None = None) -> TrainResult:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with (
-        files.locked(config.folder),
-        (display or Display()) if display is None else nullcontext(display) as shown,
-    ):
+    own_display = Display() if display is None else nullcontext(display)
+    with files.locked(config.folder), own_display as shown:
         return _Run(config, shown).run()
 
 

@@ -23,7 +23,7 @@ DASHES = ("-", "--", ":")
 """Once all colours are taken they come again, dashed."""
 
 DPI = 200
-LONGEST_TITLE = 45
+LONGEST_TITLE = 51
 TRAINING = {"linewidth": 0.7, "alpha": 0.3, "zorder": 2}
 INK, QUIET, GRID = "#222222", "#5F5F5F", "#E4E4E4"
 SKIPPED_START = 0.1
@@ -64,7 +64,7 @@ def save_generation_plot(results: dict[str, Any], path: Path) -> None:
         for axes, key in ((time, "ms_per_token"), (memory, "state_bytes")):
             y = [point[key] for point in points]
             axes.plot(x, y, **style, linewidth=2, marker="o", markersize=5, markeredgecolor="white")
-    _log_axis(time, _values(models, ("ms_per_token", "low", "high")), "{:g}".format)
+    _log_axis(time, _values(models, ("ms_per_token", "low", "high")), "{:,g}".format)
     _log_axis(memory, _values(models, ("state_bytes",)), _bytes_text)
     for axes in (time, memory):
         _context_axis(axes, contexts)
@@ -129,7 +129,8 @@ def _draw_losses(axes: Axes, models: list[dict[str, Any]], x: str, unit: float) 
         thick = 2.0 if len(model["runs"]) == 1 else 1.3
         for number, run in enumerate(model["runs"]):
             if number == 0:
-                shown += _draw_curve(axes, run["curve"], x, unit, style | TRAINING)[:1]
+                late = _draw_curve(axes, run["curve"], x, unit, style | TRAINING)
+                shown += late[:1] if len(run["validation_curve"]) > 1 else late
             validation = style | {"linewidth": thick, "zorder": 3}
             shown += _draw_curve(axes, run["validation_curve"], x, unit, validation)
     if not shown:
@@ -181,15 +182,17 @@ def _loss_titles(results: dict[str, Any]) -> tuple[str, str]:
     equal = equal_time(results)
     by_time = "Validation loss by time"
     if equal is not None:
-        found = _lowest(leaders(equal.values), len(equal.values))
+        found = _winners(leaders(equal.values), len(equal.values), "lowest")
         by_time = f"After an equal {readable_seconds(equal.seconds)}, {found}"
-    return f"After all tokens, {_lowest(leaders(finals), len(finals))}", by_time
+    return f"After all tokens, {_winners(leaders(finals), len(finals), 'lowest')}", by_time
 
 
-def _lowest(order: list[str], of: int) -> str:
+def _winners(order: list[str], of: int, word: str) -> str:
+    """`a is lowest`; `a and b lead` where two of more cannot be told apart."""
     if len(order) == 1:
-        return f"{order[0]} is lowest"
-    return f"{listed(order)} lead" if len(order) == 2 < of else "there is no clear winner"
+        return f"{order[0]} is {word}"
+    text = f"{listed(order)} lead"
+    return text if len(order) == 2 < of and len(text) <= 30 else "there is no clear winner"
 
 
 def _values(models: list[dict[str, Any]], keys: Sequence[str]) -> list[float]:
@@ -251,13 +254,21 @@ def _generation_titles(models: list[dict[str, Any]], contexts: list[int]) -> tup
         key=lambda item: float(item[1]["ms_per_token"]),
     )
     if len(at_largest) > 1:
-        (fastest, first), (_, second) = at_largest[:2]
-        found = "no clear winner" if overlap(first, second) else f"{fastest} is fastest"
+        fastest = at_largest[0][1]
+        ahead = [mixer for mixer, point in at_largest if overlap(fastest, point)]
+        found = _winners(ahead, len(at_largest), "fastest")
         time = f"At {short_context(largest)} tokens, {found}"
-    grown, constant = growing(models)
-    groups = [("constant", constant), ("growing", grown)]
-    by_name = ", ".join(f"{word} for {listed(names)}" for word, names in groups if names)
-    by_count = ", ".join(f"{word} for {len(names)}" for word, names in groups if names)
-    if by_name:
-        memory = f"State: {by_name if len(by_name) <= LONGEST_TITLE else f'{by_count} mixers'}"
-    return time, memory
+    return time, _state_title(*growing(models)) or memory
+
+
+def _state_title(grown: list[str], constant: list[str]) -> str:
+    """Names where there is room, counts where there is not; empty if nothing is known."""
+    by_name = [f"constant for {listed(constant)}"] if constant else []
+    by_count = [f"constant for {len(constant)} mixers"] if constant else []
+    if grown:
+        by_name.append(f"growing for {listed(grown)}")
+        by_count.append(by_name[-1] if len(grown) == 1 else f"growing for {len(grown)}")
+    if not by_name:
+        return ""
+    title = f"State: {', '.join(by_name)}"
+    return title if len(title) <= LONGEST_TITLE else f"State: {', '.join(by_count)}"

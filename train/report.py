@@ -54,7 +54,12 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     """
     from train.plots import save_generation_plot, save_loss_plot  # matplotlib is slow to import
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be made ({error.strerror}): choose another --out."
+        ) from error
     save_json(folder / RESULTS, results)
     save_loss_plot(results, folder / LOSS_PLOT)
     save_generation_plot(results, folder / GENERATION_PLOT)
@@ -63,14 +68,15 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
 
 
 def summary_table(results: dict[str, Any]) -> Table:
-    """One row a mixer, for the terminal; fits 80 columns with one seed and short names."""
+    """One row a mixer, for the terminal; fits 80 columns, where long names are folded."""
     columns = [column for column in _columns(results) if column.short]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, column in enumerate(columns):
         justify: Literal["left", "right"] = "right" if number else "left"
-        table.add_column(Text(column.short), justify=justify, overflow="fold")
+        head = Text(column.short)
+        table.add_column(head, justify=justify, overflow="fold", no_wrap=number > 0)
     for cells in zip(*(column.cells for column in columns), strict=True):
-        table.add_row(*(Text(cell) for cell in cells))
+        table.add_row(*(Text(cell.replace(" ± ", "\n±")) for cell in cells))
     return table
 
 
@@ -128,7 +134,7 @@ def _columns(results: dict[str, Any]) -> list[Column]:
         Column("validation loss", "loss", [mean_and_deviation(values) for values in losses]),
         Column("bits/byte", "bits/\nbyte", [mean_and_deviation(values) for values in bits]),
         Column("perplexity", "", [mean_and_deviation(v, digits=1) for v in perplexities]),
-        Column("training tokens/s", "training\ntokens/s", speeds),
+        Column("training tokens/s", "train\ntok/s", speeds),
     ]
     measures: list[tuple[str, str, Callable[[float], str]]] = [
         ("ms/token", "ms_per_token", three_digits),

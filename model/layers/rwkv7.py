@@ -86,7 +86,7 @@ class RWKV7(Layer):
         else:
             assert context.v_first is not None
             amount = torch.sigmoid(self.value_residual(x_value))
-            value = torch.lerp(value, context.v_first, amount)
+            value = torch.lerp(value, context.v_first, amount.to(value.dtype))
         key = self.key(x_key)
         receptance, key, value, removal, log_decay, iclr = (
             rearrange(y, "b t (h k) -> b t h k", h=self.num_heads)

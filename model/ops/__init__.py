@@ -3,8 +3,12 @@
 The recurrent form is the definition; the other two are proven equal to it by the tests.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from model.ops.additive import chunked_additive, parallel_additive, recurrent_additive
 from model.ops.attention import chunked_attention, parallel_attention, recurrent_attention
@@ -21,14 +25,21 @@ class Op(NamedTuple):
     recurrent: Callable[..., Any]
 
     def form(self, name: str) -> Callable[..., Any]:
-        """The form of that name.
+        """The form of that name, which keeps to its own precision inside autocast regions too.
 
         Raises:
             ValueError: if there is none.
         """
         if name not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, but is {name!r}")
-        return self[FORMS.index(name)]
+        function = self[FORMS.index(name)]
+
+        @functools.wraps(function)
+        def run(q: Tensor, *args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(q.device.type, enabled=False):
+                return function(q, *args, **kwargs)
+
+        return run
 
 
 OPS = {
