@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from model.generation import prefill, step
 
 from model import state as states
+from model.generation import prefill, step
 from model.language_model import LanguageModel
 from train.optimizer import make_optimizer
 from train.recipes import RECIPES

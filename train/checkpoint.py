@@ -88,7 +88,8 @@ def save_snapshot(folder: Path, snapshot: Snapshot, keep: int = 2) -> None:
     final = resume / f"step-{snapshot.step:09d}"
     beside = resume / f".{final.name}.tmp"
     try:
-        shutil.rmtree(beside, ignore_errors=True)
+        for unfinished in resume.glob(".step-*.tmp"):  # of a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
         beside.mkdir(parents=True)
         tensors, scalars = _flatten(snapshot.optimizer)
         contents = {"step": snapshot.step, "optimizer": scalars, "progress": snapshot.progress}
@@ -116,7 +117,7 @@ def load_snapshot(folder: Path, warn: Callable[[str], None]) -> Snapshot | None:
             optimizer = _unflatten(load_file(path / "optimizer.safetensors"), contents["optimizer"])
             return Snapshot(contents["step"], weights, optimizer, contents["progress"])
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            warn(f"{path} is damaged ({error}); going back to the checkpoint before it.")
+            warn(f"{path} is damaged ({error}): looking for the checkpoint before it.")
     return None
 
 
@@ -139,7 +140,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
-    if not isinstance(config, dict) or not {"model", "train"} <= set(config):
+    if not isinstance(config, dict) or not all(
+        isinstance(config.get(part), dict) for part in ("model", "train")
+    ):
         raise ValueError(f"{path} does not describe a run of ebb: it lacks `model` and `train`.")
     return config
 
@@ -184,11 +187,22 @@ def load_weights(model: LanguageModel, path: Path) -> None:
         raise ValueError(
             f"{path} cannot be read as safetensors ({error}): it is damaged or incomplete."
         ) from error
+    fill(model, weights, str(path))
+
+
+def fill(model: LanguageModel, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copies weights into a model.
+
+    Raises:
+        ValueError: if they are another model's; it begins with `source`.
+    """
     own = model.state_dict()
     wrong = sorted(set(own) ^ set(weights))
     wrong += [n for n in own if n in weights and own[n].shape != weights[n].shape]
     if wrong:
-        raise ValueError(f"{path} does not fit {CONFIG}: {', '.join(wrong[:3])} differ.")
+        raise ValueError(
+            f"{source} does not fit {CONFIG} and {TOKENIZER}: {', '.join(wrong[:3])} differ."
+        )
     model.load_state_dict(weights)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import SIZES, parse_mixer
+from train.budget import Budget
 
 CHECKPOINTS = Path("checkpoints")
 
@@ -97,8 +98,7 @@ class TrainConfig:
         """Where the run is written."""
         if self.out is not None:
             return self.out
-        data = "".join(c if c.isalnum() else "-" for c in Path(self.data).stem)
-        return CHECKPOINTS / f"{self.mixer.replace(':', '-')}-{self.size}-{data}"
+        return CHECKPOINTS / f"{self.mixer.replace(':', '-')}-{self.size}-{_stem(self.data)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; without what does not belong to the run itself."""
@@ -115,6 +115,109 @@ FREE_ON_RESUME = (*NOT_OF_THE_RUN, "log_every", "eval_every", "sample_every", "s
 """Settings that a resumed run may change without becoming another run."""
 
 
+def _stem(data: str) -> str:
+    """What to call a source of text in the name of a folder."""
+    return "".join(c if c.isalnum() else "-" for c in Path(data).stem)
+
+
 def _at_least(name: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
         raise ValueError(f"{name.replace('_', '-')} must be at least {least}, but is {value}")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Train several mixers alike and report on them.
+
+    All models get the same number of parameters, by the width of their channel mix, and see the
+    same tokens in the same order; each has its own recipe. The report, its plots and `results.json`
+    stand in the folder given by `--out`. Ctrl-C saves; `--resume` goes on.
+    """
+
+    mixers: str = "rwkv7,attention"
+    """Names with commas between, as in `ebb train`; the first one's parameters are matched."""
+    size: str = "micro"
+    """nano, micro, tiny or small, as in `ebb train`."""
+    data: str = "sotu"
+    """A text, as in `ebb train`."""
+    column: str = "text"
+    """Column or key that holds the text, where the data has columns."""
+    tokenizer: str = "bpe"
+    """bpe (trained on the data), bytes, or the path of a tokenizer.json."""
+    vocab_size: int | None = None
+    """Vocabulary of a bpe to train; 4096 if not given."""
+    budget: str = "1000-steps"
+    """Training of each model: 500-steps or 2M-tokens; or 10min for all of the training together,
+    turned into equal steps by measuring the speeds first."""
+    batch_size: int = 8
+    """Sequences a step."""
+    context: int = 256
+    """Tokens a sequence."""
+    seeds: int = 1
+    """How many times each model is trained, with other weights and another order of the data."""
+    contexts: str = "128,1k,4k,16k"
+    """Tokens already seen when generation is measured."""
+    eval_tokens: int = 65_536
+    """Validation tokens, spread evenly over the text."""
+    prompt: str = "The "
+    """What the samples go on from."""
+    threads: int | None = None
+    """CPU threads; what PyTorch chooses if not given."""
+    out: Path | None = None
+    """Folder of the comparison; checkpoints/compare-SIZE-DATA if not given."""
+    resume: bool = False
+    """Go on with the comparison in the folder; start afresh if there is none."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be run.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        if len(set(self.names)) != len(self.names) or len(self.names) < 1:
+            raise ValueError(f"mixers must be different names, but are {self.mixers!r}")
+        for name in self.names:
+            parse_mixer(name)
+        if self.size not in SIZES:
+            raise ValueError(f"there is no size {self.size!r}; choose one of {', '.join(SIZES)}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, but is {self.seeds}")
+        Budget.parse(self.budget)
+        _ = self.lengths
+
+    @property
+    def names(self) -> list[str]:
+        """The mixers."""
+        return [name.strip() for name in self.mixers.split(",")]
+
+    @property
+    def lengths(self) -> list[int]:
+        """The contexts, rising."""
+        return sorted({parse_count(text) for text in self.contexts.split(",")})
+
+    @property
+    def folder(self) -> Path:
+        """Where the comparison is written."""
+        if self.out is not None:
+            return self.out
+        return CHECKPOINTS / f"compare-{self.size}-{_stem(self.data)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values of what makes it this comparison."""
+        values = dataclasses.asdict(self)
+        del values["out"], values["resume"]
+        return values
+
+
+def parse_count(text: str) -> int:
+    """`"128"`, `"4k"` (4,096) or `"2M"` (2,097,152) -> a number of tokens of context.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    text = text.strip()
+    factor = {"k": 2**10, "m": 2**20}.get(text[-1:].lower(), 1)
+    digits = text[:-1] if factor > 1 else text
+    if not digits.isdigit() or int(digits) < 1:
+        raise ValueError(f"contexts must be numbers such as 128 or 4k, but one is {text!r}")
+    return int(digits) * factor

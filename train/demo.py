@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from train.compare import CompareConfig, print_results, run_comparison
-from train.config import CHECKPOINTS
+from train.compare import print_results, run_comparison
+from train.config import CHECKPOINTS, CompareConfig
 from train.progress import Display
 
 
@@ -59,7 +59,7 @@ def demo(config: DemoConfig) -> None:
         sample = model["sample"]
         console.rule(f"{model['mixer']} writes")
         console.print(sample["prompt"] + sample["text"] + "\n", markup=False)
-    print_results(results, config.out, display)
+    print_results(results, config.out)
     folder = config.out / "runs" / "rwkv7-0"
     console.print(
         f"\nWrite more:  ebb generate {folder} --prompt 'My fellow citizens, '\n"

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import dataclasses
+import shlex
 import statistics
 import sys
 import time
@@ -52,6 +53,23 @@ class Progress:
     best_loss: float | None = None
     speeds: list[float] = field(default_factory=list)
     """Tokens/s of each logged stretch."""
+    losses: list[float] = field(default_factory=list)
+    """Of the steps since the last line of metrics, as are the next two."""
+    norm: float = 0.0
+    stretch_seconds: float = 0.0
+
+    def add(self, loss: float, norm: float, seconds: float) -> None:
+        """Counts a step."""
+        self.step += 1
+        self.seconds += seconds
+        self.losses.append(loss)
+        self.norm = max(self.norm, norm)
+        self.stretch_seconds += seconds
+
+    def end_stretch(self, tokens_per_step: int) -> None:
+        """Keeps its speed; the next step begins another."""
+        self.speeds.append(len(self.losses) * tokens_per_step / self.stretch_seconds)
+        self.losses, self.norm, self.stretch_seconds = [], 0.0, 0.0
 
 
 def train(config: TrainConfig, display: Display | None = None) -> TrainResult:
@@ -108,7 +126,7 @@ class _Run:
         optimizer = make_optimizer(model, self.recipe, self.rate, decay)
         self.progress = Progress()
         if resumed is not None:
-            model.load_state_dict(resumed.weights)
+            files.fill(model, resumed.weights, f"The checkpoint in {self.folder}")
             optimizer.load_state_dict(resumed.optimizer)
             self.progress = Progress(**resumed.progress)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -125,7 +143,6 @@ class _Run:
         save_every = config.save_every or every
         self._announce()
         validation: Evaluation | None = None
-        stretch = _Stretch()
         with (
             stop_on_signal(self.display.say) as stop,
             self.display.noted_task("Training", config.steps, progress.step) as show,
@@ -134,13 +151,10 @@ class _Run:
             while progress.step < config.steps and not stop.requested:
                 start = time.perf_counter()
                 loss, norm = self._step(self.batches[progress.step])
-                stretch.add(loss, norm, time.perf_counter() - start)
-                progress.step += 1
-                progress.seconds += stretch.last_seconds
+                progress.add(loss, norm, time.perf_counter() - start)
                 is_last = progress.step == config.steps
                 if progress.step % config.log_every == 0 or is_last:
-                    self._log(stretch)
-                    stretch = _Stretch()
+                    self._log()
                 if progress.step % every == 0 or is_last:
                     validation = self._validate()
                     note = f"  val {validation.bits_per_byte:.3f} bits/byte"
@@ -151,10 +165,10 @@ class _Run:
                 self._save()
                 raise Interrupted(
                     f"Saved after step {progress.step} of {config.steps}; go on with: "
-                    f"ebb train --resume --out {self.folder}"
+                    f"ebb train --resume --out {shlex.quote(str(self.folder))}"
                 )
-        if validation is None:
-            validation = self._validate()
+        if validation is None:  # resumed when nothing was left to do
+            validation = self._evaluate()
         return TrainResult(
             folder=self.folder,
             num_parameters=self.model.num_parameters(),
@@ -184,7 +198,8 @@ class _Run:
         if not (_is_finite(value) and _is_finite(norm_value)):
             raise ValueError(
                 f"The loss or its gradient is not finite at step {self.progress.step + 1}; the "
-                "last checkpoint is as it was. Try a lower --learning-rate or a longer --warmup."
+                "last checkpoint is as it was. Start afresh with a lower --learning-rate or a longer "
+                "--warmup."
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -196,15 +211,15 @@ class _Run:
             return self.config.warmup
         return min(max(10, steps // 50), steps - 1)
 
-    def _log(self, stretch: "_Stretch") -> None:
-        speed = stretch.steps * self.config.batch_size * self.config.context / stretch.seconds
-        self.progress.speeds.append(speed)
+    def _log(self) -> None:
+        loss, norm = statistics.fmean(self.progress.losses), self.progress.norm
+        self.progress.end_stretch(self.config.batch_size * self.config.context)
         self._write_metrics(
-            loss=stretch.mean_loss(),
-            gradient_norm=stretch.norm,
+            loss=loss,
+            gradient_norm=norm,
             learning_rate=self.optimizer.param_groups[0]["lr"]
             / self.optimizer.param_groups[0]["lr_scale"],
-            tokens_per_second=speed,
+            tokens_per_second=self.progress.speeds[-1],
         )
 
     def _note(self, loss: float) -> str:
@@ -220,9 +235,13 @@ class _Run:
             max_tokens=self.config.eval_tokens,
         )
 
+    def _evaluate(self) -> Evaluation:
+        """Loss on the validation text."""
+        return evaluate(self.model, self._validation_batches(), self.data.token_bytes)
+
     def _validate(self) -> Evaluation:
-        """Loss on the validation text; keeps the best weights; shows a sample."""
-        result = evaluate(self.model, self._validation_batches(), self.data.token_bytes)
+        """Loss on the validation text, written down; keeps the best weights; shows a sample."""
+        result = self._evaluate()
         progress, config = self.progress, self.config
         self._write_metrics(
             validation_loss=result.loss, validation_bits_per_byte=result.bits_per_byte
@@ -286,6 +305,11 @@ class _Run:
                 "another --out."
             )
         snapshot = files.load_snapshot(self.folder, lambda text: self.display.say(text, "yellow"))
+        if snapshot is None and (self.folder / files.WEIGHTS).exists():
+            raise ValueError(
+                f"{self.folder} holds weights, but nothing in its {files.RESUME} folder that can be "
+                "gone on from, and a fresh start would overwrite them: choose another --out."
+            )
         if snapshot is None:
             return None
         before, now = files.read_config(self.folder)["train"], self.config.to_dict()
@@ -307,7 +331,7 @@ class _Run:
             self.folder / files.CONFIG,
             {"model": model_config.to_dict(), "train": self.config.to_dict()},
         )
-        self.data.tokenizer.save(self.folder / files.TOKENIZER)
+        files.write_atomically(self.folder / files.TOKENIZER, self.data.tokenizer.save)
 
     def _announce(self) -> None:
         config, data = self.config, self.data
@@ -320,29 +344,6 @@ class _Run:
         )
         if self.progress.step:
             self.display.say(f"Going on after step {self.progress.step:,}.")
-
-
-class _Stretch:
-    """The steps since the last line of metrics."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.seconds = 0.0
-        self.last_seconds = 0.0
-        self.norm = 0.0
-
-    @property
-    def steps(self) -> int:
-        return len(self.losses)
-
-    def add(self, loss: float, norm: float, seconds: float) -> None:
-        self.losses.append(loss)
-        self.norm = max(self.norm, norm)
-        self.last_seconds = seconds
-        self.seconds += seconds
-
-    def mean_loss(self) -> float:
-        return statistics.fmean(self.losses)
 
 
 def _precision(name: str) -> str:
