@@ -3,9 +3,11 @@
 0 done, 1 the work failed, 2 wrong usage, 130 interrupted (and saved).
 """
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from train.config import TrainConfig
+from train.config import CompareConfig, TrainConfig
 from train.interrupt import Interrupted
 
 
@@ -64,17 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = args
     if name not in COMMANDS:
         return _fail(f"there is no command {name!r}; choose one of {', '.join(COMMANDS)}", 2)
-    command = COMMANDS[name]
-    module = importlib.import_module(command.module)
     try:
-        config = _parse(name, getattr(module, command.config), rest)
-    except SystemExit as stop:  # tyro has printed its help, or what is wrong
-        return stop.code if isinstance(stop.code, int) else 2
-    except ValueError as error:
-        return _fail(str(error), 2)
-    try:
-        getattr(module, command.function)(config)
-        sys.stdout.flush()
+        return _run(name, rest)
     except Interrupted as stop:
         return _fail(str(stop), 130)
     except KeyboardInterrupt:
@@ -84,28 +77,59 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, OSError) as error:
         return _fail(str(error), 1)
+
+
+def _run(name: str, args: Sequence[str]) -> int:
+    """One command; errors of its work are raised, those of its usage are told."""
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    try:
+        config = _parse(name, getattr(module, command.config), args)
+    except SystemExit as stop:  # tyro has printed its help, or what is wrong
+        sys.stdout.flush()
+        return stop.code if isinstance(stop.code, int) else 2
+    except ValueError as error:
+        return _fail(str(error), 2)
+    getattr(module, command.function)(config)
+    sys.stdout.flush()
     return 0
 
 
 def _parse(name: str, kind: type[Any], args: Sequence[str]) -> Any:
-    """The settings in `args`; those of `ebb train --resume` start from what the run was made with.
+    """The settings in `args`; with `--resume` they start from what the folder was made with.
 
     Raises:
         ValueError: for a value that is refused.
     """
     prog = f"ebb {name}"
-    config = tyro.cli(kind, args=args, prog=prog)
-    if isinstance(config, TrainConfig) and config.resume:
-        from train.checkpoint import CONFIG, read_config
-
-        if (config.folder / CONFIG).exists():
-            saved = read_config(config.folder)["train"]
-            known = {field.name for field in dataclasses.fields(TrainConfig)}
+    config = _from_flags(kind, args=args, prog=prog)
+    if isinstance(config, TrainConfig | CompareConfig) and config.resume:
+        saved = config.saved()
+        if saved is not None:
+            known = {field.name for field in dataclasses.fields(kind)}
             if unknown := sorted(set(saved) - known):
-                raise ValueError(f"{config.folder / CONFIG} has unknown settings: {unknown}")
-            before = TrainConfig(**saved, out=config.folder, resume=True)
-            config = tyro.cli(kind, args=args, prog=prog, default=before)
+                raise ValueError(f"{config.folder} was made with unknown settings: {unknown}")
+            before = kind(**saved, out=config.folder, resume=True)
+            config = _from_flags(kind, args=args, prog=prog, default=before)
     return config
+
+
+def _from_flags(kind: type[Any], **options: Any) -> Any:
+    """`tyro.cli`, but for a value that `__post_init__` refuses its own sentence, not tyro's box.
+
+    Raises:
+        ValueError: with that sentence.
+        SystemExit: when tyro has printed its help or what is wrong.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, **options)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, ValueError):
+            raise stop.__context__ from None
+        sys.stderr.write(said.getvalue())
+        raise
 
 
 def _usage() -> str:

@@ -1,6 +1,7 @@
 """Several mixers, trained alike and measured alike: `ebb compare`."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,15 @@ from rich.console import Console
 from model.config import ModelConfig
 from train import checkpoint as files
 from train.budget import Budget
-from train.config import CompareConfig, TrainConfig
+from train.config import COMPARISON, CompareConfig, TrainConfig
 from train.interrupt import Interrupted
 from train.loop import TrainResult, train
 from train.matching import matched, num_parameters
 from train.prepare import prepare_data
 from train.progress import Display
-from train.report import summary_lines, summary_table, write_report
+from train.report import REPORT, summary_lines, summary_table, write_report
 from train.results import measure, training_speeds
 
-SETTINGS = "comparison.json"
 RESULTS = "results.json"
 
 
@@ -42,9 +42,9 @@ def print_results(results: dict[str, Any], folder: Path) -> None:
     console.print(summary_table(results))
     for line in summary_lines(results):
         console.print(line, markup=False)
-    console.print(f"\nReport: {folder / 'report.md'}\nNumbers: {folder / RESULTS}", markup=False)
-    for plot in sorted(folder.glob("*.png")):
-        console.print(f"Plot:   {plot}", markup=False)
+    paths = [f"Report: {folder / 'report.md'}", f"Numbers: {folder / RESULTS}"]
+    paths += [f"Plot:   {plot}" for plot in sorted(folder.glob("*.png"))]
+    sys.stdout.write("\n" + "".join(f"{path}\n" for path in paths))  # rich would break a long one
 
 
 def run_comparison(config: CompareConfig, display: Display) -> dict[str, Any]:
@@ -64,6 +64,8 @@ def run_comparison(config: CompareConfig, display: Display) -> dict[str, Any]:
         if (config.folder / RESULTS).exists():
             display.say(f"The comparison in {config.folder} is complete: nothing left to do.")
             saved: dict[str, Any] = json.loads((config.folder / RESULTS).read_text("utf-8"))
+            if not (config.folder / REPORT).exists():  # stopped while it was written
+                write_report(saved, config.folder)
             return saved
         data = prepare_data(
             config.data, config.column, config.tokenizer, config.vocab_size, display
@@ -71,14 +73,14 @@ def run_comparison(config: CompareConfig, display: Display) -> dict[str, Any]:
         shapes = matched_shapes(config, data.tokenizer.vocab_size)
         if plan is None:
             plan = {"settings": config.to_dict(), "steps": _steps(config, shapes, display)}
-            files.save_json(config.folder / SETTINGS, plan)
+            files.save_json(config.folder / COMPARISON, plan)
         try:
             runs = _train_all(config, shapes, int(plan["steps"]), display)
-        except Interrupted as stop:
+            results = measure(config, shapes, int(plan["steps"]), runs, data, display)
+        except (Interrupted, KeyboardInterrupt) as stop:
             raise Interrupted(
-                f"Saved; go on with: ebb compare --resume --out {config.folder}"
+                f"Saved; go on with: ebb compare --resume --out {shlex.quote(str(config.folder))}"
             ) from stop
-        results = measure(config, shapes, int(plan["steps"]), runs, data, display)
         write_report(results, config.folder)
         return results
 
@@ -96,15 +98,14 @@ def matched_shapes(config: CompareConfig, vocab_size: int) -> dict[str, ModelCon
 
 def _claim_folder(config: CompareConfig) -> dict[str, Any] | None:
     """The plan of the comparison that is to go on, or None for a fresh start."""
-    path = config.folder / SETTINGS
-    if not path.exists():
+    plan = config.plan()
+    if plan is None:
         return None
     if not config.resume:
         raise ValueError(
             f"{config.folder} already holds a comparison: add --resume to go on with it, or choose "
             "another --out."
         )
-    plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for name, value in config.to_dict().items():
         before = plan["settings"].get(name)
         if before != value:

@@ -1,6 +1,7 @@
 """The settings of a run: one frozen dataclass is flags, help and `config.json` at once."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from model.config import SIZES, parse_mixer
 from train.budget import Budget
 
 CHECKPOINTS = Path("checkpoints")
+COMPARISON = "comparison.json"
+"""The settings of a comparison, and the steps that its budget came to."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,11 @@ class TrainConfig:
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision must be auto, fp32 or bf16, but is {self.precision!r}")
         for name in ("steps", "batch_size", "context", "log_every", "eval_tokens"):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
         for name in ("eval_every", "save_every", "threads", "ffn_dim", "vocab_size"):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
         for name in ("seed", "warmup", "sample_every"):
-            _at_least(name, getattr(self, name), 0)
+            at_least(name, getattr(self, name), 0)
         for name in ("learning_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -99,6 +102,12 @@ class TrainConfig:
         if self.out is not None:
             return self.out
         return CHECKPOINTS / f"{self.mixer.replace(':', '-')}-{self.size}-{_stem(self.data)}"
+
+    def saved(self) -> dict[str, Any] | None:
+        """The settings that the run in the folder was made with; None if there is no run."""
+        from train.checkpoint import CONFIG, read_config  # loads torch, which --help can do without
+
+        return read_config(self.folder)["train"] if (self.folder / CONFIG).exists() else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; without what does not belong to the run itself."""
@@ -120,7 +129,12 @@ def _stem(data: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in Path(data).stem)
 
 
-def _at_least(name: str, value: int | None, least: int) -> None:
+def at_least(name: str, value: int | None, least: int) -> None:
+    """Refuses a number below `least`; None is a default and stands.
+
+    Raises:
+        ValueError: naming the setting.
+    """
     if value is not None and value < least:
         raise ValueError(f"{name.replace('_', '-')} must be at least {least}, but is {value}")
 
@@ -180,8 +194,8 @@ class CompareConfig:
             parse_mixer(name)
         if self.size not in SIZES:
             raise ValueError(f"there is no size {self.size!r}; choose one of {', '.join(SIZES)}")
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, but is {self.seeds}")
+        for name in ("batch_size", "context", "seeds", "eval_tokens", "vocab_size", "threads"):
+            at_least(name, getattr(self, name), 1)
         Budget.parse(self.budget)
         _ = self.lengths
 
@@ -201,6 +215,26 @@ class CompareConfig:
         if self.out is not None:
             return self.out
         return CHECKPOINTS / f"compare-{self.size}-{_stem(self.data)}"
+
+    def saved(self) -> dict[str, Any] | None:
+        """The settings that the comparison in the folder was made with; None if there is none."""
+        plan = self.plan()
+        return None if plan is None else plan["settings"]
+
+    def plan(self) -> dict[str, Any] | None:
+        """What `comparison.json` holds: `settings` and `steps`; None if there is no such file.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        path = self.folder / COMPARISON
+        if not path.exists():
+            return None
+        try:
+            plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): choose another --out.") from error
+        return plan
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values of what makes it this comparison."""

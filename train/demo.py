@@ -1,13 +1,15 @@
 """`ebb demo`: the main job end to end on the built-in text, in a few minutes."""
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from train.budget import Budget
 from train.compare import print_results, run_comparison
-from train.config import CHECKPOINTS, CompareConfig
+from train.config import CHECKPOINTS, CompareConfig, at_least
 from train.progress import Display
 
 
@@ -24,6 +26,15 @@ class DemoConfig:
     """Training of both models together; as in `ebb compare`."""
     threads: int | None = None
     """CPU threads; what PyTorch chooses if not given."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be run.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        at_least("threads", self.threads, 1)
+        Budget.parse(self.budget)
 
 
 def demo(config: DemoConfig) -> None:
@@ -61,8 +72,7 @@ def demo(config: DemoConfig) -> None:
         console.print(sample["prompt"] + sample["text"] + "\n", markup=False)
     print_results(results, config.out)
     folder = config.out / "runs" / "rwkv7-0"
-    console.print(
-        f"\nWrite more:  ebb generate {folder} --prompt 'My fellow citizens, '\n"
-        "Your own text:  ebb train --data FILE",
-        markup=False,
+    sys.stdout.write(
+        f"\nWrite more:  ebb generate {shlex.quote(str(folder))} --prompt 'My fellow citizens, '\n"
+        "Your own text:  ebb train --data FILE\n"
     )

@@ -19,6 +19,7 @@ from data.loader import Batch, sequential_stretches
 from data.packing import default_cache_dir, pack
 from model.language_model import LanguageModel
 from train.checkpoint import load_checkpoint
+from train.config import at_least
 from train.progress import Display
 
 
@@ -103,13 +104,25 @@ class EvalConfig:
     stretch: int = 256
     """Tokens a forward pass; the result does not depend on it but for rounding."""
     max_tokens: int | None = None
-    """Stop after so many; the whole text if not given."""
+    """Read so many at most, the first of which is not predicted; the whole text if not given."""
     best: bool = False
     """The weights with the lowest validation loss instead of the last."""
     threads: int | None = None
     """CPU threads; what PyTorch chooses if not given."""
     json: bool = False
     """Print one JSON object instead of lines."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be done.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        if self.split not in ("validation", "train", "all"):
+            raise ValueError(f"split must be validation, train or all, but is {self.split!r}")
+        for name in ("stretch", "threads"):
+            at_least(name, getattr(self, name), 1)
+        at_least("max_tokens", self.max_tokens, 2)
 
 
 def evaluate_checkpoint(config: EvalConfig) -> None:
@@ -118,10 +131,6 @@ def evaluate_checkpoint(config: EvalConfig) -> None:
     Raises:
         ValueError: for a checkpoint or data that cannot be read.
     """
-    if config.split not in ("validation", "train", "all"):
-        raise ValueError(f"split must be validation, train or all, but is {config.split!r}")
-    if config.stretch < 1 or (config.max_tokens is not None and config.max_tokens < 1):
-        raise ValueError("stretch and max-tokens must be at least 1")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     checkpoint = load_checkpoint(config.checkpoint, best=config.best)

@@ -198,8 +198,8 @@ class _Run:
         if not (_is_finite(value) and _is_finite(norm_value)):
             raise ValueError(
                 f"The loss or its gradient is not finite at step {self.progress.step + 1}; the "
-                "last checkpoint is as it was. Start afresh with a lower --learning-rate or a longer "
-                "--warmup."
+                "last checkpoint is as it was. Start afresh with a lower --learning-rate or a "
+                "longer --warmup."
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -307,8 +307,8 @@ class _Run:
         snapshot = files.load_snapshot(self.folder, lambda text: self.display.say(text, "yellow"))
         if snapshot is None and (self.folder / files.WEIGHTS).exists():
             raise ValueError(
-                f"{self.folder} holds weights, but nothing in its {files.RESUME} folder that can be "
-                "gone on from, and a fresh start would overwrite them: choose another --out."
+                f"{self.folder} holds weights, but no whole checkpoint in {files.RESUME}/ to go on "
+                "from, and a fresh start would overwrite them: choose another --out."
             )
         if snapshot is None:
             return None
@@ -364,5 +364,5 @@ def train_command(config: TrainConfig) -> None:
         f"{result.folder}: {result.num_parameters:,} parameters, {result.tokens:,} tokens at "
         f"{result.tokens_per_second:,.0f} tokens/s; validation {result.validation.loss:.4f} "
         f"nats/token, {result.validation.bits_per_byte:.4f} bits/byte\n"
-        f"Write with it: ebb generate {result.folder} --prompt 'The '\n"
+        f"Write with it: ebb generate {shlex.quote(str(result.folder))} --prompt 'The '\n"
     )

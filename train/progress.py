@@ -48,8 +48,8 @@ class Display:
         self._progress.stop()
 
     def say(self, text: str, style: str | None = None) -> None:
-        """A line above the bars; the text is never read as markup."""
-        self.console.print(escape(text), style=style)
+        """A line above the bars, broken only on a terminal; the text is never read as markup."""
+        self.console.print(escape(text), style=style, soft_wrap=not self._is_live)
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:

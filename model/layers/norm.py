@@ -1,5 +1,6 @@
 """Normalisations that the blocks share."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,14 +24,9 @@ class HeadNorm(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int, eps: float) -> None:
         super().__init__()
-        self.num_heads = num_heads
         self.norm = nn.GroupNorm(num_heads, num_heads * head_dim, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, H, V]` -> `[B, T, H V]`."""
-        batch, time = x.shape[:2]
-        norm = self.norm
-        y = F.group_norm(
-            x.reshape(batch * time, -1), self.num_heads, norm.weight, norm.bias, norm.eps
-        )
-        return y.view(batch, time, -1)
+        normalised = F.layer_norm(x, x.shape[-1:], eps=self.norm.eps)
+        return torch.addcmul(self.norm.bias, normalised.flatten(-2), self.norm.weight)

@@ -118,15 +118,19 @@ def chunked_attention(
 ) -> tuple[Tensor, KVCache]:
     """As the parallel form, with masks of no more than C x (S + T).
 
+    Memory grows with T where the fused kernel takes the shapes (K = V) and either no mask is needed
+    or no gradient: for the backward pass the masks of all chunks are kept. Work grows with T^2.
+
     Arguments, results and errors as `recurrent_attention`.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
     first, cache = _extend(q, k, v, reset, initial_state)
-    # The scale goes into q: the fused kernel multiplies its mask too, and a negative one gives NaN.
-    queries, keys, values = (x.transpose(1, 2) for x in (q * scale, cache.key, cache.value))
+    if scale <= 0:  # the fused kernel would multiply the -inf of its mask too
+        q, scale = q * scale, 1.0
+    queries, keys, values = (x.transpose(1, 2) for x in (q, cache.key, cache.value))
     if reset is None and initial_state is None:
-        o = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=1.0)
+        o = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
         return o.transpose(1, 2), cache
     time, total = v.shape[1], keys.shape[2]
     place = torch.arange(total, device=q.device)
@@ -142,7 +146,7 @@ def chunked_attention(
                 keys[:, :, :length],
                 values[:, :, :length],
                 attn_mask=visible[:, None],
-                scale=1.0,
+                scale=scale,
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2), cache

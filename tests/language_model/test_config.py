@@ -1,0 +1,221 @@
+"""The shape of a network: strict in, the same out."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_helpers import ALL_MIXERS
+
+from model.config import (
+    OPTIONS,
+    SCORES,
+    SIZES,
+    AttentionOptions,
+    ModelConfig,
+    RWKV6Options,
+    RWKV7Options,
+    parse_mixer,
+)
+from model.language_model import LanguageModel
+from model.layers import MIXERS
+
+POSITIVE = st.integers(1, 10**6)
+EPS = st.floats(1e-12, 1.0)
+OPTIONS_OF = {
+    "attention": st.builds(
+        AttentionOptions, score=st.sampled_from(SCORES), rotary_base=st.floats(1.5, 1e7)
+    ),
+    "linear_transformer": st.builds(OPTIONS["linear_transformer"], eps=EPS),
+    "rwkv6": st.builds(RWKV6Options, shift_rank=POSITIVE, decay_rank=POSITIVE, group_norm_eps=EPS),
+    "rwkv7": st.builds(
+        RWKV7Options,
+        decay_rank=st.none() | POSITIVE,
+        iclr_rank=st.none() | POSITIVE,
+        value_rank=st.none() | POSITIVE,
+        gate_rank=st.none() | POSITIVE,
+        group_norm_eps=EPS,
+    ),
+}
+
+
+@st.composite
+def configs(draw):
+    mixer = draw(st.sampled_from(sorted(OPTIONS_OF)))
+    head_dim = 2 * draw(st.integers(1, 64))
+    return ModelConfig(
+        mixer=mixer,
+        vocab_size=draw(POSITIVE),
+        d_model=head_dim * draw(st.integers(1, 32)),
+        num_layers=draw(st.integers(1, 99)),
+        head_dim=head_dim,
+        ffn_dim=draw(st.none() | POSITIVE),
+        options=draw(OPTIONS_OF[mixer]),
+    )
+
+
+def test_every_mixer_has_options_and_every_options_a_mixer():
+    assert set(OPTIONS) == set(MIXERS) == set(OPTIONS_OF)
+
+
+@settings(max_examples=60)
+@given(config=configs())
+def test_json_brings_back_the_same(config):
+    text = json.dumps(config.to_dict())
+    assert ModelConfig.from_dict(json.loads(text)) == config
+    assert config.num_heads * config.head_dim == config.d_model
+
+
+@settings(max_examples=25)
+@given(config=configs(), name=st.text(min_size=1, max_size=8), inside=st.booleans())
+def test_unknown_settings_are_named_and_refused(config, name, inside):
+    values = config.to_dict()
+    table = values["options"] if inside else values
+    kind = type(config.options) if inside else ModelConfig
+    if name in table:
+        name += "_"
+    table[name] = 1
+    with pytest.raises(ValueError, match=f"^{kind.__name__} has no setting ") as error:
+        ModelConfig.from_dict(values)
+    assert name in str(error.value)
+
+
+def test_settings_left_out_take_their_defaults():
+    assert ModelConfig.from_dict({"mixer": "rwkv7"}) == ModelConfig()
+    assert ModelConfig.from_dict({"mixer": "rwkv6", "d_model": 128}) == ModelConfig(
+        mixer="rwkv6", d_model=128, options=RWKV6Options()
+    )
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "d_model", "num_layers", "head_dim", "ffn_dim"])
+@pytest.mark.parametrize("value", [0, -1, 64.0, "64", True, [64]])
+def test_sizes_are_positive_integers(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be a positive integer, but is "):
+        ModelConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "d_model", "num_layers", "head_dim"])
+def test_only_the_ffn_width_may_be_left_open(name):
+    with pytest.raises(ValueError, match=f"^{name} must be a positive integer, but is None"):
+        ModelConfig(**{name: None})
+    assert ModelConfig(ffn_dim=None).ffn_dim is None
+
+
+@pytest.mark.parametrize(
+    ("mixer", "name", "value"),
+    [
+        ("rwkv7", "decay_rank", 0),
+        ("rwkv7", "iclr_rank", -32),
+        ("rwkv7", "value_rank", 1.5),
+        ("rwkv7", "gate_rank", "32"),
+        ("rwkv7", "gate_rank", True),
+        ("rwkv7", "group_norm_eps", -1e-5),
+        ("rwkv7", "group_norm_eps", "tiny"),
+        ("rwkv6", "shift_rank", 0),
+        ("rwkv6", "decay_rank", None),
+        ("rwkv6", "group_norm_eps", float("nan")),
+        ("linear_transformer", "eps", -1.0),
+        ("linear_transformer", "eps", float("inf")),
+        ("attention", "rotary_base", 0.0),
+        ("attention", "rotary_base", None),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(mixer, name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be a positive "):
+        ModelConfig.from_dict({"mixer": mixer, "options": {name: value}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "there is no mixer None"),
+        ({"mixer": "rwkv9"}, "there is no mixer 'rwkv9'; choose one of attention, "),
+        ({"mixer": ["rwkv7"]}, "there is no mixer"),
+        ({"mixer": "rwkv7", "options": None}, "must be a table of settings"),
+        ({"mixer": "rwkv7", "options": [1]}, "must be a table of settings"),
+        ([], "must be a table of settings"),
+        ("rwkv7", "must be a table of settings"),
+        ({"mixer": "rwkv7", "d_model": 100}, "d_model must be a multiple of head_dim, but 100"),
+        ({"mixer": "attention", "head_dim": 1}, "rotary positions need an even head_dim, not 1"),
+        ({"mixer": "attention", "options": {"score": "hard"}}, "attention knows no score 'hard'"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(values, message):
+    with pytest.raises(ValueError, match=message) as error:
+        ModelConfig.from_dict(values)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_mixer_and_options_of_another_are_refused():
+    with pytest.raises(ValueError, match="there is no mixer 'rwkv9'"):
+        ModelConfig(mixer="rwkv9")
+    with pytest.raises(ValueError, match="rwkv6 takes RWKV6Options, but options is RWKV7Options"):
+        ModelConfig(mixer="rwkv6")
+
+
+def test_a_config_cannot_be_changed():
+    config = ModelConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.d_model = 8
+
+
+def test_parse_mixer():
+    for name in MIXERS:
+        assert parse_mixer(name) == (name, OPTIONS[name]())
+    assert parse_mixer("softmax") == ("attention", AttentionOptions(score="softmax"))
+    for score in SCORES:
+        assert parse_mixer(f"attention:{score}") == ("attention", AttentionOptions(score=score))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "there is no mixer ''; choose one of attention, linear_transformer, rwkv6, rwkv7"),
+        ("RWKV7", "there is no mixer 'RWKV7'"),
+        (":softmax", "there is no mixer ':softmax'"),
+        ("softmax:softmax", "there is no mixer 'softmax:softmax'"),
+        ("rwkv7:softmax", "rwkv7 takes nothing after a colon, but 'rwkv7:softmax' has 'softmax'"),
+        ("attention:hard", "attention knows no score 'hard'; choose one of softmax"),
+        ("attention:softmax:2", "attention knows no score 'softmax:2'"),
+    ],
+)
+def test_parse_mixer_refuses(name, message):
+    with pytest.raises(ValueError, match=message):
+        parse_mixer(name)
+
+
+@pytest.mark.parametrize("name", ["rwkv7:", "attention:"])
+def test_parse_mixer_refuses_a_colon_with_nothing_after_it(name):
+    with pytest.raises(ValueError, match="after the colon"):
+        parse_mixer(name)
+
+
+@pytest.mark.parametrize("mixer", ALL_MIXERS)
+@pytest.mark.parametrize("size", sorted(SIZES))
+def test_presets_build(size, mixer):
+    """On the meta device: shapes without memory or time."""
+    config = ModelConfig.preset(size, mixer, vocab_size=257)
+    shape = SIZES[size]
+    assert (config.num_layers, config.d_model, config.head_dim) == dataclasses.astuple(shape)
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    assert model.head.weight.shape == (257, shape.d_model)
+    assert len(model.blocks) == shape.num_layers
+    assert model.num_parameters() > 2 * 257 * shape.d_model
+
+
+@pytest.mark.parametrize("mixer", ALL_MIXERS)
+def test_a_preset_runs(mixer):
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig.preset("nano", mixer, vocab_size=300, ffn_dim=96))
+    assert model.config.ffn_dim == 96
+    logits = model(torch.arange(20)[None]).logits
+    assert logits.shape == (1, 20, 300)
+    assert torch.isfinite(logits).all()
+
+
+def test_an_unknown_size_is_refused():
+    with pytest.raises(ValueError, match="there is no size 'huge'; choose one of nano, micro, "):
+        ModelConfig.preset("huge", "rwkv7", vocab_size=257)
