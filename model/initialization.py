@@ -132,7 +132,7 @@ def _rwkv7(module: RWKV7, layer: int, num_layers: int) -> None:
     nn.init.uniform_(module.key.weight, -0.1 * bound, 0.1 * bound)
     nn.init.uniform_(module.value.weight, -bound, bound)
     nn.init.zeros_(module.output.weight)
-    nn.init.constant_(module.head_norm.norm.weight, ((1 + layer) / num_layers) ** 0.7)
+    nn.init.constant_(module.head_norm.weight, ((1 + layer) / num_layers) ** 0.7)
 
 
 def _rwkv7_channel_mix(module: RWKV7ChannelMix, layer: int, num_layers: int) -> None:
@@ -167,7 +167,7 @@ def _rwkv6(module: RWKV6, layer: int, num_layers: int) -> None:
     _orthogonal(module.key.weight, 0.1)
     _orthogonal(module.gate.weight, 0.1)
     nn.init.zeros_(module.output.weight)
-    nn.init.constant_(module.head_norm.norm.weight, ((1 + layer) / num_layers) ** 0.7)
+    nn.init.constant_(module.head_norm.weight, ((1 + layer) / num_layers) ** 0.7)
 
 
 def _rwkv6_channel_mix(module: RWKV6ChannelMix, layer: int, num_layers: int) -> None:

@@ -24,9 +24,11 @@ class HeadNorm(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int, eps: float) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(num_heads, num_heads * head_dim, eps=eps)
+        self.weight = nn.Parameter(torch.ones(num_heads * head_dim))
+        self.bias = nn.Parameter(torch.zeros(num_heads * head_dim))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, H, V]` -> `[B, T, H V]`."""
-        normalised = F.layer_norm(x, x.shape[-1:], eps=self.norm.eps)
-        return torch.addcmul(self.norm.bias, normalised.flatten(-2), self.norm.weight)
+        normalised = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        return torch.addcmul(self.bias, normalised.flatten(-2), self.weight)

@@ -71,8 +71,8 @@ def test_rwkv7_time_mix(num_layers, width, head_dim):
         expect(mix.removal_scale, [0.71 - 0.1 * lin[c] for c in channels])
         expect(mix.iclr_scale, [1.02] * width)
         expect(mix.bonus, [-0.04] * width)
-        expect(mix.head_norm.norm.weight, [((1 + layer) / num_layers) ** 0.7] * width)
-        expect(mix.head_norm.norm.bias, [0.0] * width)
+        expect(mix.head_norm.weight, [((1 + layer) / num_layers) ** 0.7] * width)
+        expect(mix.head_norm.bias, [0.0] * width)
         low_ranks = [mix.decay, mix.iclr, mix.gate]
         if layer == 0:
             assert not hasattr(mix, "value_residual")
@@ -115,7 +115,7 @@ def test_rwkv6_time_mix_and_channel_mix(num_layers, width, head_dim):
         expect(mix.decay.bias, decay)
         zigzag = [{0: 0.0, 1: 0.1, 2: -0.1}[c % 3] for c in channels]
         expect(mix.bonus, [p * (1 - c / (width - 1)) + zigzag[c] for c in channels])
-        expect(mix.head_norm.norm.weight, [((1 + layer) / num_layers) ** 0.7] * width)
+        expect(mix.head_norm.weight, [((1 + layer) / num_layers) ** 0.7] * width)
         for matrix in (mix.mix_down, mix.decay.down, mix.output.weight):
             assert not matrix.any()
         expect_uniform(mix.mix_up, 0.01)
