@@ -98,7 +98,7 @@ def test_head_norm_normalises_every_head_by_itself():
         head, own = x[:, :, h], slice(5 * h, 5 * h + 5)
         centred = head - head.mean(dim=-1, keepdim=True)
         scaled = centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
-        expected = scaled * norm.norm.weight[own] + norm.norm.bias[own]
+        expected = scaled * norm.weight[own] + norm.bias[own]
         assert_close(y[..., own], expected, 1e-12)
 
 
