@@ -93,7 +93,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name.replace('_', '-')} must be above 0, but is {value}")
-        if self.weight_decay is not None and self.weight_decay < 0:
+        if self.weight_decay is not None and not self.weight_decay >= 0:
             raise ValueError(f"weight-decay must be at least 0, but is {self.weight_decay}")
 
     @property
@@ -252,6 +252,6 @@ def parse_count(text: str) -> int:
     text = text.strip()
     factor = {"k": 2**10, "m": 2**20}.get(text[-1:].lower(), 1)
     digits = text[:-1] if factor > 1 else text
-    if not digits.isdigit() or int(digits) < 1:
+    if not digits.isdecimal() or int(digits) < 1:
         raise ValueError(f"contexts must be numbers such as 128 or 4k, but one is {text!r}")
     return int(digits) * factor

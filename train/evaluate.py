@@ -93,7 +93,7 @@ class EvalConfig:
     predicted from all that stands before it in its document.
     """
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """Folder of a run, such as checkpoints/rwkv7-micro-sotu."""
     data: str | None = None
     """As in `ebb train`; the data it was trained on if not given."""

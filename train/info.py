@@ -27,7 +27,9 @@ CONTEXTS = (1024, 16384)
 class InfoConfig:
     """Show the machine, the versions and the mixers; or, with a checkpoint, what it holds."""
 
-    checkpoint: Annotated[Path | None, tyro.conf.Positional] = None
+    checkpoint: Annotated[
+        Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[CHECKPOINT]")
+    ] = None
     """Folder of a run, such as checkpoints/rwkv7-micro-sotu."""
     json: bool = False
     """Print one JSON object instead of tables."""

@@ -145,7 +145,7 @@ class _Run:
         validation: Evaluation | None = None
         with (
             stop_on_signal(self.display.say) as stop,
-            self.display.noted_task("Training", config.steps, progress.step) as show,
+            self.display.noted_task("Step", config.steps, progress.step) as show,
         ):
             note = ""
             while progress.step < config.steps and not stop.requested:
@@ -157,7 +157,7 @@ class _Run:
                     self._log()
                 if progress.step % every == 0 or is_last:
                     validation = self._validate()
-                    note = f"  val {validation.bits_per_byte:.3f} bits/byte"
+                    note = f" val {validation.bits_per_byte:.3f} bits/byte"
                 if progress.step % save_every == 0 or is_last:
                     self._save()
                 show(progress.step, self._note(loss) + note)
@@ -223,7 +223,7 @@ class _Run:
         )
 
     def _note(self, loss: float) -> str:
-        speed = f"{self.progress.speeds[-1]:,.0f} tokens/s  " if self.progress.speeds else ""
+        speed = f"{self.progress.speeds[-1]:,.0f} tokens/s " if self.progress.speeds else ""
         return f"{speed}loss {loss:.3f}"
 
     def _validation_batches(self) -> Any:

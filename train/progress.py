@@ -10,9 +10,7 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
-    TaskProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -28,11 +26,10 @@ class Display:
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=20),
-            TaskProgressColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),  # a note of full length just fits 80 columns
             TextColumn("left"),
-            TimeRemainingColumn(),
             console=self.console,
             transient=True,
             disable=not self._is_live,
