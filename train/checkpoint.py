@@ -58,6 +58,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     beside = path.with_name(f".{path.name}.tmp")
     try:
         write(beside)
+        _readable(beside)
         _flush(beside)
         beside.replace(path)
         _flush(path.parent)
@@ -97,6 +98,7 @@ def save_snapshot(folder: Path, snapshot: Snapshot, keep: int = 2) -> None:
         save_file(_contiguous(tensors), beside / "optimizer.safetensors")
         _write_text(beside / "training.json", json.dumps(contents))
         for file in beside.iterdir():
+            _readable(file)
             _flush(file)
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
@@ -264,6 +266,13 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
+
+
+def _readable(path: Path) -> None:
+    """Gives a file the permissions that this user's files have; safetensors keeps others out."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _flush(path: Path) -> None:

@@ -25,7 +25,7 @@ class GenerateConfig:
     everything else to standard error.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """Folder of a run, as `ebb train` writes it."""
     prompt: str | None = None
     """Text to go on from. If not given, it is read from standard input where that is not a terminal

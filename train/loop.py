@@ -1,12 +1,13 @@
 """The training loop."""
 
 import dataclasses
+import math
 import shlex
 import statistics
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from data.loader import Batch, TrainingBatches, validation_batches
 from model.config import ModelConfig
 from model.language_model import LanguageModel
 from train import checkpoint as files
-from train.config import FREE_ON_RESUME, TrainConfig
+from train.config import TrainConfig
 from train.evaluate import Evaluation, evaluate
 from train.interrupt import Interrupted, stop_on_signal
 from train.metrics import MetricsLog
@@ -26,6 +27,7 @@ from train.optimizer import make_optimizer, set_rate
 from train.prepare import prepare_data
 from train.progress import Display
 from train.recipes import RECIPES
+from train.resume import Progress, claim_folder
 from train.sampling import sample_text
 from train.schedule import rate_factor
 
@@ -41,35 +43,6 @@ class TrainResult:
     validation: Evaluation
     tokens_per_second: float
     """Median over the logged stretches of whole training steps."""
-
-
-@dataclass
-class Progress:
-    """What a run has reached, beside weights and optimiser; part of every snapshot."""
-
-    step: int = 0
-    seconds: float = 0.0
-    """Spent in training steps, without validation and saving."""
-    best_loss: float | None = None
-    speeds: list[float] = field(default_factory=list)
-    """Tokens/s of each logged stretch."""
-    losses: list[float] = field(default_factory=list)
-    """Of the steps since the last line of metrics, as are the next two."""
-    norm: float = 0.0
-    stretch_seconds: float = 0.0
-
-    def add(self, loss: float, norm: float, seconds: float) -> None:
-        """Counts a step."""
-        self.step += 1
-        self.seconds += seconds
-        self.losses.append(loss)
-        self.norm = max(self.norm, norm)
-        self.stretch_seconds += seconds
-
-    def end_stretch(self, tokens_per_step: int) -> None:
-        """Keeps its speed; the next step begins another."""
-        self.speeds.append(len(self.losses) * tokens_per_step / self.stretch_seconds)
-        self.losses, self.norm, self.stretch_seconds = [], 0.0, 0.0
 
 
 def train(config: TrainConfig, display: Display | None = None) -> TrainResult:
@@ -91,7 +64,7 @@ class _Run:
 
     def __init__(self, config: TrainConfig, display: Display) -> None:
         self.config, self.display, self.folder = config, display, config.folder
-        resumed = self._claim_folder()
+        resumed = claim_folder(config, display)
         self.data = prepare_data(
             config.data,
             config.column,
@@ -195,7 +168,7 @@ class _Run:
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip)
         value, norm_value = float(loss.detach()), float(norm)
-        if not (_is_finite(value) and _is_finite(norm_value)):
+        if not (math.isfinite(value) and math.isfinite(norm_value)):
             raise ValueError(
                 f"The loss or its gradient is not finite at step {self.progress.step + 1}; the "
                 "last checkpoint is as it was. Start afresh with a lower --learning-rate or a "
@@ -291,41 +264,6 @@ class _Run:
         )
         files.save_weights(self.folder / files.WEIGHTS, weights)
 
-    def _claim_folder(self) -> files.Snapshot | None:
-        """The snapshot to go on from, or None for a fresh start.
-
-        Raises:
-            ValueError: if the folder holds a run and it is not to be resumed, or was another run.
-        """
-        if not files.holds_run(self.folder):
-            return None
-        if not self.config.resume:
-            raise ValueError(
-                f"{self.folder} already holds a run: add --resume to go on with it, or choose "
-                "another --out."
-            )
-        snapshot = files.load_snapshot(self.folder, lambda text: self.display.say(text, "yellow"))
-        if snapshot is None and (self.folder / files.WEIGHTS).exists():
-            raise ValueError(
-                f"{self.folder} holds weights, but no whole checkpoint in {files.RESUME}/ to go on "
-                "from, and a fresh start would overwrite them: choose another --out."
-            )
-        if snapshot is None:
-            return None
-        before, now = files.read_config(self.folder)["train"], self.config.to_dict()
-        changed = [
-            name
-            for name in now
-            if name not in FREE_ON_RESUME and before.get(name, now[name]) != now[name]
-        ]
-        if changed:
-            name = changed[0]
-            raise ValueError(
-                f"The run in {self.folder} was made with {name.replace('_', '-')} "
-                f"{before[name]}, not {now[name]}: leave it as it was, or choose another --out."
-            )
-        return snapshot
-
     def _write_settings(self, model_config: ModelConfig) -> None:
         files.save_json(
             self.folder / files.CONFIG,
@@ -351,10 +289,6 @@ def _precision(name: str) -> str:
     if name == "auto":
         name = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
     return {"fp32": "no", "bf16": "bf16"}[name]
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0.0
 
 
 def train_command(config: TrainConfig) -> None:

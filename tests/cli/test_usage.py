@@ -43,7 +43,7 @@ def test_flags_that_people_rely_on(capsys):
         assert ebb(name, "-h") == 0
         text = plain(capsys.readouterr().out)
         assert all(f"--{flag}" in text for flag in flags.split())
-        assert ("CHECKPOINT" in text) == (name in ("eval", "info"))
+        assert ("CHECKPOINT" in text) == (name in ("eval", "generate", "info"))
 
 
 def test_overview(capsys):

@@ -101,3 +101,10 @@ def test_out_that_is_a_file_is_refused(workshop, capsys):
     assert ebb("train", "--data", file, *TINY, "--out", file) == 1
     assert only_line(capsys.readouterr().err).startswith(f"{file} cannot be written (")
     assert file.read_bytes() == before
+
+
+def test_weights_have_the_permissions_of_any_other_file(tmp_path):
+    (tmp_path / "other").write_text("x")
+    checkpoint.save_weights(tmp_path / "model.safetensors", {"w": torch.ones(2)})
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
