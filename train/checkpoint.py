@@ -100,13 +100,14 @@ def save_snapshot(folder: Path, snapshot: Snapshot, keep: int = 2) -> None:
         for file in beside.iterdir():
             _readable(file)
             _flush(file)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # moved aside: at no time is there neither the old one nor the new
+            final.rename(beside.with_suffix(".old.tmp"))
         beside.rename(final)
         _flush(resume)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise ValueError(_cannot_write(final, error)) from error
-    for old in _snapshots(folder)[keep:]:
+    for old in [*_snapshots(folder)[keep:], *resume.glob(".step-*.tmp")]:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -77,6 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, OSError) as error:
         return _fail(str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        return _fail(
+            "there is not enough memory: choose a smaller --size, --batch-size or --context", 1
+        )
 
 
 def _run(name: str, args: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class TrainConfig:
     vocab_size: int | None = None
     """Vocabulary of a bpe to train; 4096 if not given."""
     steps: int = 2000
-    """Optimiser steps in all."""
+    """Optimiser steps in all; the schedule ends with them, so a finished run cannot be extended."""
     batch_size: int = 8
     """Sequences a step."""
     context: int = 256
@@ -91,9 +92,11 @@ class TrainConfig:
             at_least(name, getattr(self, name), 0)
         for name in ("learning_rate", "clip"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name.replace('_', '-')} must be above 0, but is {value}")
-        if self.weight_decay is not None and not self.weight_decay >= 0:
+        if self.warmup is not None and self.warmup >= self.steps:
+            raise ValueError(f"warmup must be less than the {self.steps} steps, not {self.warmup}")
+        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight-decay must be at least 0, but is {self.weight_decay}")
 
     @property
@@ -188,10 +191,8 @@ class CompareConfig:
         Raises:
             ValueError: naming the setting.
         """
-        if len(set(self.names)) != len(self.names) or len(self.names) < 1:
-            raise ValueError(f"mixers must be different names, but are {self.mixers!r}")
-        for name in self.names:
-            parse_mixer(name)
+        if len({parse_mixer(name) for name in self.names}) != len(self.names):
+            raise ValueError(f"mixers must be different, but are {self.mixers!r}")
         if self.size not in SIZES:
             raise ValueError(f"there is no size {self.size!r}; choose one of {', '.join(SIZES)}")
         for name in ("batch_size", "context", "seeds", "eval_tokens", "vocab_size", "threads"):
@@ -232,7 +233,9 @@ class CompareConfig:
             return None
         try:
             plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            if not isinstance(plan["settings"], dict) or not isinstance(plan["steps"], int):
+                raise ValueError("settings or steps are missing")
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): choose another --out.") from error
         return plan
 

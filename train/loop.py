@@ -27,7 +27,7 @@ from train.optimizer import make_optimizer, set_rate
 from train.prepare import prepare_data
 from train.progress import Display
 from train.recipes import RECIPES
-from train.resume import Progress, claim_folder
+from train.resume import Progress, check_data, claim_folder
 from train.sampling import sample_text
 from train.schedule import rate_factor
 
@@ -54,15 +54,21 @@ def train(config: TrainConfig, display: Display | None = None) -> TrainResult:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # Apple's GPUs have no float64
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f"ebb trains in one process, but was started in {accelerator.num_processes}: "
+            "start it without a launcher"
+        )
     own_display = Display() if display is None else nullcontext(display)
     with files.locked(config.folder), own_display as shown:
-        return _Run(config, shown).run()
+        return _Run(config, shown, accelerator).run()
 
 
 class _Run:
     """One run: built from its settings or its newest snapshot, then stepped to the end."""
 
-    def __init__(self, config: TrainConfig, display: Display) -> None:
+    def __init__(self, config: TrainConfig, display: Display, accelerator: Accelerator) -> None:
         self.config, self.display, self.folder = config, display, config.folder
         resumed = claim_folder(config, display)
         self.data = prepare_data(
@@ -73,6 +79,8 @@ class _Run:
             display,
             fixed_tokenizer=self.folder / files.TOKENIZER if resumed else None,
         )
+        if resumed is not None:
+            check_data(self.folder, self.data.fingerprint)
         self.batches = TrainingBatches(
             self.data.train.tokens,
             context=config.context,
@@ -81,13 +89,7 @@ class _Run:
             end_id=self.data.tokenizer.end_id,
         )
         self._validation_batches()  # refuses a text that is too short before anything is trained
-        self.accelerator = Accelerator(mixed_precision=_precision(config.precision))
-        processes = self.accelerator.num_processes
-        if config.batch_size % processes:
-            raise ValueError(
-                f"batch-size {config.batch_size} cannot be shared by {processes} processes: "
-                f"choose a multiple of {processes}"
-            )
+        self.accelerator = accelerator
         torch.manual_seed(config.seed)
         model_config = ModelConfig.preset(
             config.size, config.mixer, self.data.tokenizer.vocab_size, ffn_dim=config.ffn_dim
@@ -102,11 +104,9 @@ class _Run:
             files.fill(model, resumed.weights, f"The checkpoint in {self.folder}")
             optimizer.load_state_dict(resumed.optimizer)
             self.progress = Progress(**resumed.progress)
-        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.model: LanguageModel = self.accelerator.unwrap_model(self.wrapped)
-        self.leads = self.accelerator.is_main_process
-        if self.leads:
-            self._write_settings(model_config)
+        self.model: LanguageModel
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self._write_settings(model_config)
         self.metrics = MetricsLog(self.folder / files.METRICS, self.progress.step)
 
     def run(self) -> TrainResult:
@@ -114,6 +114,7 @@ class _Run:
         config, progress = self.config, self.progress
         every = config.eval_every or max(1, config.steps // 10)
         save_every = config.save_every or every
+        sample_every = every if config.sample_every is None else config.sample_every
         self._announce()
         validation: Evaluation | None = None
         with (
@@ -131,6 +132,8 @@ class _Run:
                 if progress.step % every == 0 or is_last:
                     validation = self._validate()
                     note = f" val {validation.bits_per_byte:.3f} bits/byte"
+                if sample_every and (progress.step % sample_every == 0 or is_last):
+                    self._show_sample()
                 if progress.step % save_every == 0 or is_last:
                     self._save()
                 show(progress.step, self._note(loss) + note)
@@ -152,10 +155,9 @@ class _Run:
 
     def _step(self, batch: Batch) -> tuple[float, float]:
         """One optimiser step; its loss and the norm of its gradient."""
-        share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         device = self.accelerator.device
-        inputs, targets = batch.inputs[share].to(device), batch.targets[share].to(device)
-        reset = None if batch.reset is None else batch.reset[share].to(device)
+        inputs, targets = batch.inputs.to(device), batch.targets.to(device)
+        reset = None if batch.reset is None else batch.reset.to(device)
         factor = rate_factor(
             self.progress.step,
             steps=self.config.steps,
@@ -163,17 +165,14 @@ class _Run:
             final_fraction=self.recipe.final_fraction,
         )
         set_rate(self.optimizer, self.rate * factor)
-        logits = self.wrapped(inputs, reset=reset).logits
+        with torch.autocast(device.type, torch.bfloat16, enabled=_is_bf16(self.config.precision)):
+            logits = self.model(inputs, reset=reset).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         value, norm_value = float(loss.detach()), float(norm)
         if not (math.isfinite(value) and math.isfinite(norm_value)):
-            raise ValueError(
-                f"The loss or its gradient is not finite at step {self.progress.step + 1}; the "
-                "last checkpoint is as it was. Start afresh with a lower --learning-rate or a "
-                "longer --warmup."
-            )
+            raise self._diverged("loss or its gradient", self.progress.step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return value, norm_value
@@ -214,30 +213,34 @@ class _Run:
 
     def _validate(self) -> Evaluation:
         """Loss on the validation text, written down; keeps the best weights; shows a sample."""
-        result = self._evaluate()
-        progress, config = self.progress, self.config
+        result, progress = self._evaluate(), self.progress
+        if not math.isfinite(result.loss):
+            raise self._diverged("validation loss", progress.step)
         self._write_metrics(
             validation_loss=result.loss, validation_bits_per_byte=result.bits_per_byte
         )
         if progress.best_loss is None or result.loss < progress.best_loss:
             progress.best_loss = result.loss
-            if self.leads:
-                files.save_weights(self.folder / files.BEST, self.model.state_dict())
+            files.save_weights(self.folder / files.BEST, self.model.state_dict())
         self.display.say(
             f"step {progress.step:,}: validation {result.loss:.4f} nats/token, "
             f"{result.bits_per_byte:.4f} bits/byte"
         )
-        wanted = config.sample_every is None or (
-            config.sample_every and progress.step % config.sample_every == 0
-        )
-        if wanted and self.leads:
-            text = sample_text(self.model, self.data.tokenizer, tokens=60, seed=config.seed)
-            self.display.say("  " + " ".join(text.split()), style="dim")
         return result
 
+    def _show_sample(self) -> None:
+        text = sample_text(
+            self.model, self.data.tokenizer, tokens=60, seed=self.config.seed, prompt="\n"
+        )
+        self.display.say("  " + " ".join(text.split()), style="dim")
+
+    def _diverged(self, what: str, step: int) -> ValueError:
+        return ValueError(
+            f"The {what} is not finite at step {step}; the last checkpoint is as it was. Start "
+            "afresh with a lower --learning-rate or a longer --warmup."
+        )
+
     def _write_metrics(self, **values: float) -> None:
-        if not self.leads:
-            return
         step = self.progress.step
         self.metrics.append(
             {
@@ -250,8 +253,6 @@ class _Run:
 
     def _save(self) -> None:
         """A snapshot to resume from, and the weights as `ebb generate` reads them."""
-        if not self.leads:
-            return
         weights = self.model.state_dict()
         files.save_snapshot(
             self.folder,
@@ -267,7 +268,11 @@ class _Run:
     def _write_settings(self, model_config: ModelConfig) -> None:
         files.save_json(
             self.folder / files.CONFIG,
-            {"model": model_config.to_dict(), "train": self.config.to_dict()},
+            {
+                "model": model_config.to_dict(),
+                "train": self.config.to_dict(),
+                "data": {"name": self.data.name, "fingerprint": self.data.fingerprint},
+            },
         )
         files.write_atomically(self.folder / files.TOKENIZER, self.data.tokenizer.save)
 
@@ -284,11 +289,11 @@ class _Run:
             self.display.say(f"Going on after step {self.progress.step:,}.")
 
 
-def _precision(name: str) -> str:
-    """What accelerate calls it."""
-    if name == "auto":
-        name = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    return {"fp32": "no", "bf16": "bf16"}[name]
+def _is_bf16(precision: str) -> bool:
+    """Whether matrix products run in bfloat16; validation and samples are always in float32."""
+    if precision == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return precision == "bf16"
 
 
 def train_command(config: TrainConfig) -> None:

@@ -39,16 +39,19 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a metrics file; none if there is no file.
 
-    A line cut short by a crash ends the list.
+    A line cut short by a crash, or of another kind, ends the list.
     """
     if not path.exists():
         return []
     lines: list[dict[str, Any]] = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
     return lines
 
 

@@ -18,6 +18,8 @@ class PreparedData:
     """What a run reads."""
 
     name: str
+    fingerprint: str
+    """Changes with the text."""
     train: PackedTokens
     validation: PackedTokens
     tokenizer: Tokenizer
@@ -56,7 +58,9 @@ def prepare_data(
         made = load_tokenizer(tokenizer, vocab_size=vocab_size)
     with display.task(f"Tokenising {corpus.name}", corpus.num_bytes) as advance:
         train, validation = pack(corpus, made, cache, advance)
-    return PreparedData(corpus.name, train, validation, made, made.token_bytes())
+    return PreparedData(
+        corpus.name, corpus.fingerprint, train, validation, made, made.token_bytes()
+    )
 
 
 def _cached_bpe(corpus: Corpus, vocab_size: int | None, cache: Path, display: Display) -> Tokenizer:

@@ -204,7 +204,7 @@ def _reading_notes(results: dict[str, Any]) -> str:
 
 def _state_note(models: list[dict[str, Any]]) -> str:
     softmax = [model["mixer"] for model in models if is_softmax(model["mixer"])]
-    text = "Milliseconds are medians, with the lowest and the highest measurement in brackets."
+    text = "Milliseconds are medians, with the middle half of the measurements in brackets."
     if softmax:
         text += (
             f" The softmax baseline ({listed(softmax)}) keeps the key and the value of every token "
@@ -255,7 +255,7 @@ def _limits(results: dict[str, Any]) -> str:
         f"training ({readable_count(tokens)} tokens, {three_digits(tokens / parameters)} for each "
         "parameter, where large models see 20 and more): an order found here may not hold for "
         "larger models or longer training.",
-        "All mixers share one recipe; none was tuned by itself.",
+        "Each mixer has one recipe, fixed beforehand; none was tuned on this text.",
         f"Speeds are of this implementation on one machine with {machine['threads']} threads; "
         "another machine can order the mixers differently.",
         f"The text is {_without_folders(results['data']['name'])} alone, and the samples are one "

@@ -1,6 +1,7 @@
 """How far a run has come, and whether and from where it may go on in a folder."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from train import checkpoint as files
 from train.config import FREE_ON_RESUME, TrainConfig
@@ -70,3 +71,17 @@ def claim_folder(config: TrainConfig, display: Display) -> files.Snapshot | None
             f"{before[name]}, not {now[name]}: leave it as it was, or choose another --out."
         )
     return snapshot
+
+
+def check_data(folder: Path, fingerprint: str) -> None:
+    """Refuses to go on with a text that is no longer what it was.
+
+    Raises:
+        ValueError: if `fingerprint` is not that of the run's text.
+    """
+    data = files.read_config(folder).get("data", {})
+    if data.get("fingerprint", fingerprint) != fingerprint:
+        raise ValueError(
+            f"The text of the run in {folder} has changed since it began: put back the old one, or "
+            "start afresh with another --out."
+        )

@@ -8,23 +8,23 @@ SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 
 
 def sample_text(
-    model: LanguageModel, tokenizer: Tokenizer, *, tokens: int, seed: int, prompt: str = ""
+    model: LanguageModel, tokenizer: Tokenizer, *, tokens: int, seed: int, prompt: str
 ) -> str:
-    """Text that the model writes after a prompt, or as the beginning of a document.
+    """Text that the model writes after a prompt.
 
     Args:
         model: switched to evaluation mode and back.
         tokenizer: of the model.
         tokens: how many to draw at most; a document that ends sooner is not followed by another.
         seed: of the draw.
-        prompt: what to go on from; it stands first in the result.
+        prompt: what to go on from, not empty; it stands first in the result.
     """
     was_training = model.training
     model.eval()
     stream, text = tokenizer.stream(), prompt
     drawn = generate(
         model,
-        [[tokenizer.end_id, *tokenizer.encode(prompt)]],
+        [tokenizer.encode(prompt)],
         max_tokens=tokens,
         sampling=SAMPLING,
         seed=seed,

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -32,9 +33,11 @@ class LinearTransformer(Layer):
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def initial_state(self, batch_size: int) -> LinearTransformerState:
-        """Nothing written yet: zeros."""
+        """Nothing written yet: zeros, in at least float32."""
+        weight = self.key.weight
         shape = (batch_size, self.num_heads, self.head_dim, self.head_dim + 1)
-        return LinearTransformerState(self.key.weight.new_zeros(shape))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return LinearTransformerState(weight.new_zeros(shape, dtype=dtype))
 
     def forward(
         self, x: Tensor, state: LinearTransformerState, context: Context

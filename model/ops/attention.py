@@ -133,6 +133,9 @@ def chunked_attention(
         o = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
         return o.transpose(1, 2), cache
     time, total = v.shape[1], keys.shape[2]
+    if time == 1 and not bool(first.any()):  # a step that sees the whole cache needs no mask
+        o = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
+        return o.transpose(1, 2), cache
     place = torch.arange(total, device=q.device)
     outputs = []
     for begin in range(0, time, chunk_size):
@@ -174,7 +177,11 @@ def _extend(
         place = torch.arange(cached, cached + k.shape[1], device=k.device)
         started = torch.where(reset, place, 0).cummax(dim=1).values
         first = torch.maximum(first, started)
-    key, value = (
-        (k, v) if cached == 0 else (torch.cat([old.key, k], 1), torch.cat([old.value, v], 1))
-    )
-    return first, KVCache(key, value, first[:, -1])
+    return first, KVCache(_append(old.key, k), _append(old.value, v), first[:, -1])
+
+
+def _append(old: Tensor, new: Tensor) -> Tensor:
+    """`[B, S + T, H, X]`, laid out in memory as `[B, H, S + T, X]`: a head is read in one go."""
+    if old.shape[1] == 0:
+        return new
+    return torch.cat([old.transpose(1, 2), new.transpose(1, 2)], dim=2).transpose(1, 2)

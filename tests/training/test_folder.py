@@ -105,6 +105,6 @@ def test_out_that_is_a_file_is_refused(workshop, capsys):
 
 def test_weights_have_the_permissions_of_any_other_file(tmp_path):
     (tmp_path / "other").write_text("x")
-    checkpoint.save_weights(tmp_path / "model.safetensors", {"w": torch.ones(2)})
+    save_weights(tmp_path / "model.safetensors", {"w": torch.ones(2)})
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1
