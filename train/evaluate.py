@@ -135,9 +135,11 @@ def evaluate_checkpoint(config: EvalConfig) -> None:
         torch.set_num_threads(config.threads)
     checkpoint = load_checkpoint(config.checkpoint, best=config.best)
     trained = checkpoint.config["train"]
+    if config.data is None and "data" not in trained:
+        raise ValueError(f"{config.checkpoint} does not say what it was trained on: give --data")
     corpus = load_corpus(
         config.data or trained["data"],
-        column=config.column or ("text" if config.data else trained["column"]),
+        column=config.column or ("text" if config.data else trained.get("column", "text")),
     )
     with Display() as display:
         with display.task("Tokenising", corpus.num_bytes) as advance:

@@ -74,7 +74,9 @@ def save_generation_plot(results: dict[str, Any], path: Path) -> None:
     left, right = _generation_titles(models, contexts)
     _title(time, left)
     _title(memory, right)
-    _save(figure, "Points: medians. Bands: lowest to highest measurement. Both axes log.", path)
+    _save(
+        figure, "Points: medians. Bands: the middle half of the measurements. Both axes log.", path
+    )
 
 
 def _figure(results: dict[str, Any]) -> tuple[Figure, tuple[Axes, Axes]]:
