@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from model import state as states
 from model.generation import prefill, step
 from model.language_model import LanguageModel
+from model.state import ModelState
 from train.optimizer import make_optimizer
 from train.recipes import RECIPES
-
 
 BURST = 10
 """Tokens that one model decodes before the next has its turn."""
@@ -86,7 +86,7 @@ def measure_decoding(
     tokens: int,
     advance: Callable[[], None],
 ) -> dict[str, list[Decoding]]:
-    """Milliseconds a token at several contexts, the models in turn by bursts of tokens.
+    """Milliseconds a token at several contexts; contexts and models take turns by bursts.
 
     In a burst a model finds its own weights in the caches, as it does when it runs alone; the first
     tokens of each, which do not, are not counted.
@@ -97,29 +97,37 @@ def measure_decoding(
         tokens: measured at each, in bursts of ten.
         advance: called after every context of every model.
     """
-    result: dict[str, list[Decoding]] = {name: [] for name in models}
+    states_at: list[dict[str, ModelState]] = []
     current = {name: model.initial_state(1) for name, model in models.items()}
-    seen = 0
-    for context in contexts:
-        prompt = _random_tokens(models, context - seen)
+    for context, before in zip(contexts, [0, *contexts], strict=False):
+        prompt = _random_tokens(models, context - before)
         for name, model in models.items():
             _, current[name] = prefill(model, prompt, current[name])
             advance()
-        seen = context
-        spent: dict[str, list[float]] = {name: [] for name in models}
-        going = dict(current)
-        for _ in range(math.ceil(tokens / BURST)):
+        states_at.append(dict(current))
+    spent: dict[tuple[str, int], list[float]] = {}
+    for _ in range(math.ceil(tokens / BURST)):
+        for context, at in zip(contexts, states_at, strict=True):
             for name, model in models.items():
-                for place in range(UNCOUNTED + BURST):
-                    token = _random_tokens(models, 1)[:, 0]
-                    start = time.perf_counter()
-                    _, going[name] = step(model, token, going[name])
-                    if place >= UNCOUNTED:
-                        spent[name].append(1e3 * (time.perf_counter() - start))
-        for name in models:
-            size = states.num_bytes(current[name])
-            result[name].append(Decoding(context, Measurement.of(spent[name]), size))
-    return result
+                milliseconds = _burst(model, at[name], _random_tokens(models, UNCOUNTED + BURST))
+                spent.setdefault((name, context), []).extend(milliseconds[UNCOUNTED:])
+    return {
+        name: [
+            Decoding(context, Measurement.of(spent[name, context]), states.num_bytes(at[name]))
+            for context, at in zip(contexts, states_at, strict=True)
+        ]
+        for name in models
+    }
+
+
+def _burst(model: LanguageModel, state: ModelState, tokens: torch.Tensor) -> list[float]:
+    """Milliseconds of a step for each of `tokens [1, T]`."""
+    spent = []
+    for token in tokens.unbind(1):
+        start = time.perf_counter()
+        _, state = step(model, token, state)
+        spent.append(1e3 * (time.perf_counter() - start))
+    return spent
 
 
 def _random_tokens(models: Mapping[str, LanguageModel], length: int) -> torch.Tensor:

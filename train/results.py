@@ -20,8 +20,8 @@ from train.prepare import PreparedData
 from train.progress import Display
 from train.sampling import sample_text
 
-TRAINING_ROUNDS = 5
-DECODED_TOKENS = 30
+TRAINING_ROUNDS = 8
+DECODED_TOKENS = 80
 
 
 def training_speeds(

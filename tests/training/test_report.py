@@ -8,6 +8,7 @@ import pytest
 from comparison_results import attention, gla, results, rwkv7
 from rich.console import Console
 
+from train.readable import readable_bytes
 from train.report import escape_markdown, report_text, summary_table, write_report
 
 
@@ -52,8 +53,11 @@ def test_generation_table_has_a_row_a_context_and_a_gap_where_nothing_was_measur
     del measured["models"][1]["generation"][-1]
     _, _, *rows = rows_of(report_text(measured), "Generation")
     assert [row[0] for row in rows] == ["128", "512", "2,048", "4,096", "16,384"]
-    assert rows[3][1:] == ["0.520 (0.494 to 0.562)", "270 KB", "1.10 (1.04 to 1.19)", "8.4 MB"]
-    assert rows[4][3:] == ["–", "–"]  # noqa: RUF001 - the dash of an empty cell
+    weights = measured["models"][0]["weight_bytes"]
+    both = [readable_bytes(weights + size) for size in (270_336, 8_388_608)]
+    assert rows[3][1:4] == ["0.520 (0.494 to 0.562)", "270 KB", both[0]]
+    assert rows[3][4:] == ["1.10 (1.04 to 1.19)", "8.4 MB", both[1]]
+    assert rows[4][4:] == ["–", "–", "–"]  # noqa: RUF001 - the dash of an empty cell
 
 
 def test_several_seeds_give_mean_and_deviation():
