@@ -176,7 +176,7 @@ class CompareConfig:
     """Tokens already seen when generation is measured."""
     eval_tokens: int = 65_536
     """Validation tokens, spread evenly over the text."""
-    prompt: str = "The "
+    prompt: str = "The"
     """What the samples go on from."""
     threads: int | None = None
     """CPU threads; what PyTorch chooses if not given."""
@@ -197,6 +197,8 @@ class CompareConfig:
             raise ValueError(f"there is no size {self.size!r}; choose one of {', '.join(SIZES)}")
         for name in ("batch_size", "context", "seeds", "eval_tokens", "vocab_size", "threads"):
             at_least(name, getattr(self, name), 1)
+        if not self.prompt:
+            raise ValueError("prompt must not be empty: give the samples a word to go on from")
         Budget.parse(self.budget)
         _ = self.lengths
 

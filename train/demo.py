@@ -54,7 +54,7 @@ def demo(config: DemoConfig) -> None:
         batch_size=8,
         context=256,
         eval_tokens=32_768,
-        prompt="The people of the United States ",
+        prompt="The people of the United States",
         threads=config.threads,
         out=config.out,
         resume=True,
@@ -69,10 +69,11 @@ def demo(config: DemoConfig) -> None:
     for model in results["models"]:
         sample = model["sample"]
         console.rule(f"{model['mixer']} writes")
-        console.print(sample["prompt"] + sample["text"] + "\n", markup=False)
+        lines = (sample["prompt"] + sample["text"]).splitlines()
+        console.print("\n".join(line for line in lines if line.strip()) + "\n", markup=False)
     print_results(results, config.out)
     folder = config.out / "runs" / "rwkv7-0"
     sys.stdout.write(
-        f"\nWrite more:  ebb generate {shlex.quote(str(folder))} --prompt 'My fellow citizens, '\n"
+        f"\nWrite more:  ebb generate {shlex.quote(str(folder))} --prompt 'My fellow citizens,'\n"
         "Your own text:  ebb train --data FILE\n"
     )

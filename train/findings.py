@@ -307,13 +307,15 @@ def _crossover(
             f"Crossover: up to {last_before:,} tokens of context {first} is the faster of the two, "
             f"from {first_after:,} on {second} is; at {smallest:,} tokens {at_start}."
         )
-    everywhere = "every context"
-    if len(clear) < len(points):
-        everywhere += " where a difference was found"
     slower = base if first == mixer else mixer
+    if len(clear) == 1:
+        where = f"at {clear[0][0]:,} tokens, the only context where a difference was found"
+    else:
+        where = f"at every context from {clear[0][0]:,} to {clear[-1][0]:,} tokens"
+        where += " where a difference was found" if len(clear) < len(points) else ""
     return (
-        f"There is no crossover: {first} is faster than {slower} at {everywhere}, from "
-        f"{clear[0][0]:,} to {clear[-1][0]:,} tokens; at {smallest:,} tokens {at_start}."
+        f"There is no crossover: {first} is faster than {slower} {where}; at {smallest:,} tokens "
+        f"{at_start}."
     )
 
 

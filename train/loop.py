@@ -303,5 +303,5 @@ def train_command(config: TrainConfig) -> None:
         f"{result.folder}: {result.num_parameters:,} parameters, {result.tokens:,} tokens at "
         f"{result.tokens_per_second:,.0f} tokens/s; validation {result.validation.loss:.4f} "
         f"nats/token, {result.validation.bits_per_byte:.4f} bits/byte\n"
-        f"Write with it: ebb generate {shlex.quote(str(result.folder))} --prompt 'The '\n"
+        f"Write with it: ebb generate {shlex.quote(str(result.folder))} --prompt 'The'\n"
     )

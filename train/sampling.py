@@ -4,7 +4,7 @@ from data.tokenizers import Tokenizer
 from model.generation import Sampling, generate
 from model.language_model import LanguageModel
 
-SAMPLING = Sampling(temperature=0.8, top_p=0.95)
+SAMPLING = Sampling(temperature=0.7, top_p=0.95)
 
 
 def sample_text(

@@ -105,7 +105,7 @@ def test_results_hold_everything(results, settings):
         assert [run["seed"] for run in model["runs"]] == [0, 1]
         assert [point["context"] for point in model["generation"]] == [8, 32]
         assert model["training_speed"]["low"] <= model["training_speed"]["tokens_per_second"]
-        assert model["sample"]["prompt"] == "The "
+        assert model["sample"]["prompt"] == "The"
         assert model["sample"]["text"]
         for run in model["runs"]:
             folder = settings["out"] / run["folder"]

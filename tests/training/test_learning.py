@@ -148,3 +148,14 @@ def test_settings_of_the_run_stand_in_its_folder(workshop, tmp_path):
     assert TrainConfig(**saved["train"], out=tmp_path) == config
     assert saved["model"]["vocab_size"] == 257
     assert saved["model"]["mixer"] == "attention"
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_bf16_trains_validates_and_samples(mixer, workshop, tmp_path, capsys):
+    run = ("train", "--mixer", mixer, "--data", workshop / "text.txt", *TINY, "--steps", "2")
+    assert ebb(*run, "--precision", "bf16", "--out", tmp_path / "bf16") == 0
+    assert ebb(*run, "--precision", "fp32", "--out", tmp_path / "fp32") == 0
+    logged = [metrics(tmp_path / name) for name in ("bf16", "fp32")]
+    first, second = (next(line["loss"] for line in lines if "loss" in line) for lines in logged)
+    assert first != second
+    assert first == pytest.approx(second, rel=0.02)

@@ -1,12 +1,25 @@
 """A run that was stopped, in whatever way, ends as if it had not been."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import socket
 
 import pytest
-from runs import STEPS, contents, ebb, metrics, only_line, repeatable
+from runs import (
+    PATIENCE,
+    STEPS,
+    TINY,
+    contents,
+    ebb,
+    metrics,
+    only_line,
+    repeatable,
+    start_ebb,
+    write_text,
+)
 from safetensors.torch import load_file
 
 from train.checkpoint import load_snapshot
@@ -172,3 +185,36 @@ def test_another_vocabulary_is_refused_on_resume(stopped, capsys):
     said = only_line(capsys.readouterr().err)
     assert "does not fit config.json and tokenizer.json: embedding.weight" in said
     assert contents(stopped) == before
+
+
+def test_text_that_has_changed_since_is_refused(workshop, tmp_path, capsys):
+    text = write_text(tmp_path / "text.txt")
+    run = ("train", "--data", text, *TINY, "--steps", "4", "--out", tmp_path / "run")
+    assert ebb(*run) == 0
+    before = contents(tmp_path / "run")
+    write_text(tmp_path / "text.txt", seed=1)
+    capsys.readouterr()
+    assert ebb("train", "--resume", "--out", tmp_path / "run") == 1
+    assert "has changed since it began" in only_line(capsys.readouterr().err)
+    assert contents(tmp_path / "run") == before
+
+
+def test_several_processes_are_refused_in_a_sentence(workshop, tmp_path):
+    """Started as a launcher starts each of two; they need not meet for that."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        start_ebb(
+            *("train", "--data", workshop / "text.txt", *TINY, "--steps", "4"),
+            *("--out", tmp_path / "run"),
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, error = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 1, error
+        assert "ebb trains in one process" in error
+    assert not (tmp_path / "run" / "config.json").exists()
