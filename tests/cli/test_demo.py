@@ -23,9 +23,7 @@ def demo(tmp_path_factory):
 def test_demo_trains_samples_compares_and_names_its_files(demo):
     folder, output, error = demo
     for mixer in ("rwkv7", "attention"):
-        sample = re.search(
-            rf"─ {mixer} writes ─+\n(The people of the United States .*\n)+?", output
-        )
+        sample = re.search(rf"─ {mixer} writes ─+\nThe people of the United States.*\n", output)
         assert sample, f"no sample of {mixer}"
         assert re.search(rf"^ ?{mixer} +1\.\d+ M ", output, re.M), f"{mixer} is not in the table"
     for name in ("report.md", "results.json", "loss.png", "generation.png"):

@@ -205,6 +205,7 @@ def test_several_processes_are_refused_in_a_sentence(workshop, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world["OMP_NUM_THREADS"] = "1"  # accelerate warns where a launcher has not set it
     processes = [
         start_ebb(
             *("train", "--data", workshop / "text.txt", *TINY, "--steps", "4"),
@@ -213,8 +214,8 @@ def test_several_processes_are_refused_in_a_sentence(workshop, tmp_path):
         )
         for rank in range(2)
     ]
-    for process in processes:
-        _, error = process.communicate(timeout=PATIENCE)
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+    for process, error in zip(processes, errors, strict=True):
         assert process.returncode == 1, error
         assert "ebb trains in one process" in error
     assert not (tmp_path / "run" / "config.json").exists()
