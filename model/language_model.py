@@ -1,7 +1,8 @@
 """One block and one language model for every mixer."""
 
 import hashlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.initialization import initialize
 from model.layers import MIXERS
-from model.layers.layer import Context
+from model.layers.layer import Context, Layer
 from model.ops import FORMS
-from model.state import BlockState, ModelState
+from model.presets import complete
+from model.state import BlockState, ModelState, NoState
 
 
 class ModelOutput(NamedTuple):
@@ -24,26 +26,32 @@ class ModelOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """`x += time_mix(norm x)`, then `x += channel_mix(norm x)`."""
+    """`x += time_mix(norm x)`, then, where there is one, `x += channel_mix(norm x)`."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         mixer = MIXERS[config.mixer]
-        self.time_norm = mixer.norm(config.d_model)
+        self.time_norm = mixer.body.norm(config.d_model)
         self.time_mix = mixer.time_mix(config, layer)
-        self.channel_norm = mixer.norm(config.d_model)
-        self.channel_mix = mixer.channel_mix(config, layer)
+        self.channel_mix: Layer | None = None
+        if mixer.channel_mix is not None:
+            self.channel_norm = mixer.body.norm(config.d_model)
+            self.channel_mix = mixer.channel_mix(config, layer)
 
     def initial_state(self, batch_size: int) -> BlockState:
         """The state before the first token."""
+        channel = self.channel_mix
         return BlockState(
-            self.time_mix.initial_state(batch_size), self.channel_mix.initial_state(batch_size)
+            self.time_mix.initial_state(batch_size),
+            NoState() if channel is None else channel.initial_state(batch_size),
         )
 
     def forward(self, x: Tensor, state: BlockState, context: Context) -> tuple[Tensor, BlockState]:
         """`[B, T, D]` -> `[B, T, D]`."""
         y, time = self.time_mix(self.time_norm(x), state.time, context)
         x = x + y
+        if self.channel_mix is None:
+            return x, BlockState(time, state.channel)
         y, channel = self.channel_mix(self.channel_norm(x), state.channel, context)
         return x + y, BlockState(time, channel)
 
@@ -55,16 +63,19 @@ class LanguageModel(nn.Module):
         config: the shape.
 
     The weights are drawn from torch's global generator: `torch.manual_seed` repeats them.
+
+    Raises:
+        ValueError: for a mixer that does not exist, or a shape or options that it cannot have.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
-        mixer = MIXERS[config.mixer]
+        self.config = config = complete(config)
+        body = MIXERS[config.mixer].body
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.embedding_norm = mixer.norm(config.d_model) if mixer.embedding_norm else nn.Identity()
+        self.embedding_norm = body.norm(config.d_model) if body.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = mixer.norm(config.d_model)
+        self.norm = body.norm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         initialize(self)
 
@@ -78,11 +89,15 @@ class LanguageModel(nn.Module):
         state: ModelState | None = None,
         form: str = "chunked",
         reset: Tensor | None = None,
+        observe: Callable[[str, dict[str, Any]], None] | None = None,
     ) -> tuple[Tensor, ModelState]:
-        """As `forward`, up to the head: `[B, T, D]` instead of the logits, `head(features)`."""
+        """As `forward`, up to the head: `[B, T, D]` instead of the logits, `head(features)`.
+
+        `observe` is called with the name and the keyword arguments of each layer's op, in order.
+        """
         self._check(tokens, form)
         state = self.initial_state(tokens.shape[0]) if state is None else state
-        context = Context(form=form, reset=reset)
+        context = Context(form=form, reset=reset, observe=observe)
         x = self.embedding_norm(self.embedding(tokens))
         states = []
         for block, old in zip(self._blocks(), state, strict=True):

@@ -6,9 +6,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from model.config import OPTIONS, ModelConfig
+from model.config import ModelConfig
 from model.language_model import LanguageModel
 from model.layers import MIXERS
+from model.layers.rwkv import RWKVOptions
 from model.state import ModelState, tensors
 
 ALL_MIXERS = sorted(MIXERS)
@@ -17,20 +18,30 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 VOCAB = 29
 
 
+RATES = {
+    "rwkv4": {"decay": 2.0, "bonus": 3.0},
+    "rwkv5": {"decay": 2.0},
+    "rwkv6": {"decay.bias": 2.0},
+    "rwkv7": {"decay.bias": 2.0},
+}
+"""Parameters of time mixers that learn faster than the others, in the official code."""
+
+
 def small_config(mixer: str, *, calm: bool = False, **changes: object) -> ModelConfig:
     """Three layers of four heads: the least that has a first, a middle and a last layer.
 
     `calm` gives the norm over a head a large eps. With the official one, a head whose output is by
     chance near zero multiplies float32's rounding errors by 100, in all forms alike.
     """
-    norm = {"group_norm_eps": 0.1} if calm and mixer.startswith("rwkv") else {}
+    options = MIXERS[mixer].time_mix.Options
+    norm = {"group_norm_eps": 0.1} if calm and issubclass(options, RWKVOptions) else {}
     settings = {
         "mixer": mixer,
         "vocab_size": VOCAB,
         "d_model": 32,
         "num_layers": 3,
         "head_dim": 8,
-        "options": OPTIONS[mixer](**norm),
+        "options": options(**norm),
     }
     return ModelConfig(**{**settings, **changes})
 

@@ -123,7 +123,7 @@ def test_the_walk_sees_the_house():
     assert any(path.startswith("data/") for path in files)
     assert any(path.startswith("train/") for path in files)
     source = (ROOT / "model/layers/rwkv7.py").read_text(encoding="utf-8")
-    assert "model.ops.OPS" in imports(source, PurePosixPath("model/layers/rwkv7.py"))
+    assert "model.layers.layer.Context" in imports(source, PurePosixPath("model/layers/rwkv7.py"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from model.generation import prefill, step
 from model.language_model import LanguageModel
 from model.state import ModelState
 from train.optimizer import make_optimizer
-from train.recipes import RECIPES
+from train.recipes import recipe_of
 
 BURST = 10
 """Tokens that one model decodes before the next has its turn."""
@@ -137,7 +137,7 @@ def _random_tokens(models: Mapping[str, LanguageModel], length: int) -> torch.Te
 
 
 def _training_step(model: LanguageModel, context: int, batch_size: int) -> Callable[[], None]:
-    recipe = RECIPES[model.config.mixer]
+    recipe = recipe_of(model.config.mixer)
     optimizer = make_optimizer(model, recipe, recipe.learning_rate, recipe.weight_decay)
     tokens = torch.randint(model.config.vocab_size, (batch_size, context + 1))
 

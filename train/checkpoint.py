@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.tokenizers import Tokenizer, load_tokenizer
-from model.config import ModelConfig
 from model.language_model import LanguageModel
+from model.presets import from_dict
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -162,7 +162,7 @@ def load_checkpoint(folder: Path, *, best: bool = False) -> Checkpoint:
     """
     config = read_config(folder)
     try:
-        model = LanguageModel(ModelConfig.from_dict(config["model"]))
+        model = LanguageModel(from_dict(config["model"]))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} does not describe a model: {error}.") from error
     path = folder / (BEST if best else WEIGHTS)

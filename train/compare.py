@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from model.config import ModelConfig
+from model.presets import preset
 from train import checkpoint as files
 from train.budget import Budget
 from train.config import COMPARISON, CompareConfig, TrainConfig
@@ -91,7 +92,7 @@ def matched_shapes(config: CompareConfig, vocab_size: int) -> dict[str, ModelCon
     Raises:
         ValueError: if one cannot be made that small.
     """
-    shapes = {name: ModelConfig.preset(config.size, name, vocab_size) for name in config.names}
+    shapes = {name: preset(config.size, name, vocab_size) for name in config.names}
     target = num_parameters(shapes[config.names[0]])
     return {name: matched(shape, target) for name, shape in shapes.items()}
 

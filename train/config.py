@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.config import SIZES, parse_mixer
+from model.config import SIZES
 from train.budget import Budget
 
 CHECKPOINTS = Path("checkpoints")
@@ -79,6 +79,8 @@ class TrainConfig:
         Raises:
             ValueError: naming the setting.
         """
+        from model.presets import parse_mixer  # loads torch, which the overview can do without
+
         parse_mixer(self.mixer)
         if self.size not in SIZES:
             raise ValueError(f"there is no size {self.size!r}; choose one of {', '.join(SIZES)}")
@@ -191,6 +193,8 @@ class CompareConfig:
         Raises:
             ValueError: naming the setting.
         """
+        from model.presets import parse_mixer  # loads torch, which the overview can do without
+
         if len({parse_mixer(name) for name in self.names}) != len(self.names):
             raise ValueError(f"mixers must be different, but are {self.mixers!r}")
         if self.size not in SIZES:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model import state as states
-from model.config import OPTIONS, SIZES, ModelConfig
+from model.config import SIZES, ModelConfig
 from model.language_model import LanguageModel
 from model.layers import MIXERS
 from train.checkpoint import load_checkpoint
@@ -106,9 +106,7 @@ def _mixer_row(name: str) -> dict[str, Any]:
     row = MIXERS[name]
     shape = SIZES["micro"]
     model = LanguageModel(
-        ModelConfig(
-            name, 2, shape.d_model, num_layers=1, head_dim=shape.head_dim, options=OPTIONS[name]()
-        )
+        ModelConfig(name, 2, shape.d_model, num_layers=1, head_dim=shape.head_dim)
     )
     sizes = _state_sizes(model)
     return {

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from data.loader import Batch, TrainingBatches, validation_batches
 from model.config import ModelConfig
 from model.language_model import LanguageModel
+from model.presets import preset
 from train import checkpoint as files
 from train.config import TrainConfig
 from train.evaluate import Evaluation, evaluate
@@ -26,7 +27,7 @@ from train.metrics import MetricsLog
 from train.optimizer import make_optimizer, set_rate
 from train.prepare import prepare_data
 from train.progress import Display
-from train.recipes import RECIPES
+from train.recipes import recipe_of
 from train.resume import Progress, check_data, claim_folder
 from train.sampling import sample_text
 from train.schedule import rate_factor
@@ -91,11 +92,11 @@ class _Run:
         self._validation_batches()  # refuses a text that is too short before anything is trained
         self.accelerator = accelerator
         torch.manual_seed(config.seed)
-        model_config = ModelConfig.preset(
+        model_config = preset(
             config.size, config.mixer, self.data.tokenizer.vocab_size, ffn_dim=config.ffn_dim
         )
         model = LanguageModel(model_config)
-        self.recipe = RECIPES[model_config.mixer]
+        self.recipe = recipe_of(model_config.mixer)
         self.rate = config.learning_rate or self.recipe.learning_rate
         decay = self.recipe.weight_decay if config.weight_decay is None else config.weight_decay
         optimizer = make_optimizer(model, self.recipe, self.rate, decay)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from model.layers import MIXERS
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -15,14 +17,15 @@ class Recipe:
     weight_decay: float
 
 
-_TRANSFORMER = Recipe(1e-3, 0.1, (0.9, 0.99), 1e-8, 0.1)
-"""nanoGPT's for small models on a CPU (karpathy/nanoGPT, README, train_shakespeare_char)."""
-_RWKV = Recipe(1e-3, 0.1, (0.9, 0.99), 1e-18, 0.1)
-"""RWKV-LM's betas and eps (RWKV-v7/train_temp), with the rate for small models."""
-
 RECIPES = {
-    "attention": _TRANSFORMER,
-    "linear_transformer": _TRANSFORMER,
-    "rwkv6": _RWKV,
-    "rwkv7": _RWKV,
+    # nanoGPT's for small models on a CPU (karpathy/nanoGPT, README, train_shakespeare_char)
+    "transformer": Recipe(1e-3, 0.1, (0.9, 0.99), 1e-8, 0.1),
+    # RWKV-LM's betas and eps (RWKV-v7/train_temp), with the rate for small models
+    "rwkv": Recipe(1e-3, 0.1, (0.9, 0.99), 1e-18, 0.1),
 }
+"""By the body that a mixer stands in."""
+
+
+def recipe_of(mixer: str) -> Recipe:
+    """That of a row of `MIXERS`."""
+    return RECIPES[MIXERS[mixer].body.name]

@@ -5,33 +5,88 @@ from typing import NamedTuple
 from torch import nn
 
 from model.layers.attention import Attention
-from model.layers.channel_mix import RWKV6ChannelMix, RWKV7ChannelMix, SwiGLU
+from model.layers.channel_mix import (
+    RWKV5ChannelMix,
+    RWKV6ChannelMix,
+    RWKV7ChannelMix,
+    SwiGLU,
+)
 from model.layers.layer import Layer
 from model.layers.linear_transformer import LinearTransformer
 from model.layers.norm import LayerNorm, RMSNorm
+from model.layers.rwkv5 import RWKV5
 from model.layers.rwkv6 import RWKV6
 from model.layers.rwkv7 import RWKV7
+
+
+class Body(NamedTuple):
+    """What stands around the mixers of one tradition."""
+
+    name: str
+    """Also chooses the embedding's initial values and the recipe of training."""
+    norm: type[nn.Module]
+    embedding_norm: bool
+    """Whether the embedding is normalised (RWKV's ln0)."""
+
+
+RWKV = Body("rwkv", LayerNorm, embedding_norm=True)
+TRANSFORMER = Body("transformer", RMSNorm, embedding_norm=False)
 
 
 class Mixer(NamedTuple):
     """One row: what a block of this mixer is made of."""
 
     time_mix: type[Layer]
-    channel_mix: type[Layer]
-    norm: type[nn.Module]
-    embedding_norm: bool
-    """Whether the embedding is normalised (RWKV's ln0)."""
+    channel_mix: type[Layer] | None
+    """None where the time mixer is the whole block."""
+    body: Body
     op: str
     """The row of `model.ops.OPS` it runs on."""
+    equation: str
+    """The recurrence, in one line."""
     source: str
     """The paper."""
 
 
 MIXERS = {
-    "attention": Mixer(Attention, SwiGLU, RMSNorm, False, "attention", "arXiv 1706.03762"),
-    "linear_transformer": Mixer(
-        LinearTransformer, SwiGLU, RMSNorm, False, "additive", "arXiv 2006.16236"
+    "rwkv5": Mixer(
+        RWKV5,
+        RWKV5ChannelMix,
+        RWKV,
+        "additive",
+        "S = diag(w) S + k v^T, decay a channel, bonus",
+        "arXiv 2404.05892",
     ),
-    "rwkv6": Mixer(RWKV6, RWKV6ChannelMix, LayerNorm, True, "additive", "arXiv 2404.05892"),
-    "rwkv7": Mixer(RWKV7, RWKV7ChannelMix, LayerNorm, True, "delta", "arXiv 2503.14456"),
+    "rwkv6": Mixer(
+        RWKV6,
+        RWKV6ChannelMix,
+        RWKV,
+        "additive",
+        "S = diag(w) S + k v^T, decay from the data, bonus",
+        "arXiv 2404.05892",
+    ),
+    "rwkv7": Mixer(
+        RWKV7,
+        RWKV7ChannelMix,
+        RWKV,
+        "delta",
+        "S = (diag(w) + b a^T) S + k v^T, decay from the data",
+        "arXiv 2503.14456",
+    ),
+    "linear_transformer": Mixer(
+        LinearTransformer,
+        SwiGLU,
+        TRANSFORMER,
+        "additive",
+        "S = S + k v^T, normalised, elu + 1",
+        "arXiv 2006.16236",
+    ),
+    "attention": Mixer(
+        Attention,
+        SwiGLU,
+        TRANSFORMER,
+        "attention",
+        "a score of all tokens so far, rotary positions",
+        "arXiv 1706.03762",
+    ),
 }

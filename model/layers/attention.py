@@ -1,16 +1,49 @@
 """Softmax attention with rotary positions: the baseline, as Llama has it (arXiv 2302.13971)."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.config import AttentionOptions, ModelConfig
+from model.config import MixerOptions, ModelConfig
 from model.layers.layer import Context, Layer
 from model.layers.rotary import rotate
-from model.ops import OPS
 from model.ops.attention import KVCache
+
+SCORES = ("softmax",)
+
+
+@dataclass(frozen=True)
+class AttentionOptions(MixerOptions):
+    """How scores become weights, and where positions come from."""
+
+    score: str = "softmax"
+    """What makes weights of scores; named after a colon: `attention:softmax`."""
+    rotary_base: float = 10_000.0
+    """Base of the rotary frequencies (RoFormer, arXiv 2104.09864)."""
+
+    def __post_init__(self) -> None:
+        """Refuses what does not exist.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        super().__post_init__()
+        if self.score not in SCORES:
+            raise ValueError(
+                f"attention knows no score {self.score!r}; choose one of {', '.join(SCORES)}"
+            )
+
+    @classmethod
+    def from_words(cls, words: Sequence[str]) -> Self:
+        """The score stands first: `attention:softmax`."""
+        if not words or "=" in words[0]:
+            return super().from_words(words)
+        score, *rest = words
+        return super().from_words([f"score={score}", *rest])
 
 
 class AttentionState(NamedTuple):
@@ -24,6 +57,8 @@ class AttentionState(NamedTuple):
 class Attention(Layer):
     """`o = W_o attention(rotate(W_q x), rotate(W_k x), W_v x)` with scale `K^-1/2`."""
 
+    Options: ClassVar[type[MixerOptions]] = AttentionOptions
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         assert isinstance(config.options, AttentionOptions)
@@ -33,6 +68,12 @@ class Attention(Layer):
         self.key = nn.Linear(config.d_model, config.d_model, bias=False)
         self.value = nn.Linear(config.d_model, config.d_model, bias=False)
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        """Refuses heads that cannot be turned in pairs."""
+        if config.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, not {config.head_dim}")
 
     def initial_state(self, batch_size: int) -> AttentionState:
         """An empty cache."""
@@ -51,13 +92,13 @@ class Attention(Layer):
         position = state.position[:, None] + torch.arange(x.shape[1], device=x.device)
         q, k = rotate(q, position, self.rotary_base), rotate(k, position, self.rotary_base)
         # A single token is the same in every form, and the fused kernel is the fastest of them.
-        form = "chunked" if x.shape[1] == 1 else context.form
-        o, cache = OPS["attention"].form(form)(
+        run = replace(context, form="chunked").run if x.shape[1] == 1 else context.run
+        o, cache = run(
+            "attention",
             q,
             k,
             v,
             scale=self.head_dim**-0.5,
-            reset=context.reset,
             initial_state=state.cache if state.cache.key.shape[1] else None,
         )
         y = self.output(rearrange(o, "b t h v -> b t (h v)"))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.layers.initializers import depth, orthogonal_, ramps
 from model.layers.layer import Context, Layer
 from model.layers.token_shift import token_shift
 from model.state import NoState
@@ -65,29 +66,65 @@ class ShiftedChannelMix(Layer):
         """No token yet: zeros."""
         return ShiftState(self.mix_key.new_zeros(batch_size, self.d_model))
 
-    def squared_relu(self, x: Tensor, difference: Tensor) -> Tensor:
-        """`W_v relu(W_k (x + difference mix_key))^2`."""
-        hidden = F.relu(self.key(torch.addcmul(x, difference, self.mix_key)))
+    def squared_relu(self, x_key: Tensor) -> Tensor:
+        """`W_v relu(W_k x_k)^2`."""
+        hidden = F.relu(self.key(x_key))
         y: Tensor = self.value(hidden * hidden)  # square() goes through pow, which is slower
         return y
 
 
-class RWKV6ChannelMix(ShiftedChannelMix):
-    """`sigmoid(W_r x_r) * W_v relu(W_k x_k)^2` (arXiv 2404.05892, section 4.3)."""
+class RWKV4ChannelMix(ShiftedChannelMix):
+    """`sigmoid(W_r x_r) * W_v relu(W_k x_k)^2` with `x_* = x mix + x_prev (1 - mix)`.
 
-    HIDDEN_RATIO = 3.5
+    RWKV-4, arXiv 2305.13048, section 3.2.
+    """
+
+    HIDDEN_RATIO = 4.0
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.mix_receptance = nn.Parameter(torch.zeros(config.d_model))
         self.receptance = nn.Linear(config.d_model, config.d_model, bias=False)
 
+    def interpolate(self, x: Tensor, previous: Tensor, mix: Tensor) -> Tensor:
+        """Between the token before and the token itself, `mix` being the token's own part."""
+        return torch.lerp(previous, x, mix)
+
     def forward(self, x: Tensor, state: ShiftState, context: Context) -> tuple[Tensor, ShiftState]:
         """`[B, T, D]` -> `[B, T, D]`."""
         previous, last = token_shift(x, state.shift, context.reset)
-        difference = previous - x
-        receptance = self.receptance(torch.addcmul(x, difference, self.mix_receptance))
-        return torch.sigmoid(receptance) * self.squared_relu(x, difference), ShiftState(last)
+        receptance = self.receptance(self.interpolate(x, previous, self.mix_receptance))
+        hidden = self.squared_relu(self.interpolate(x, previous, self.mix_key))
+        return torch.sigmoid(receptance) * hidden, ShiftState(last)
+
+    def initialize(self, layer: int, num_layers: int) -> None:
+        """RWKV-LM, RWKV-v4neo and RWKV-v5, `RWKV_ChannelMix` and `generate_init_weight`."""
+        self._initialize(ramps(self.d_model)[0] ** depth(layer, num_layers)[1])
+
+    def _initialize(self, mix: Tensor) -> None:
+        self.mix_key.copy_(mix)
+        self.mix_receptance.copy_(mix)
+        orthogonal_(self.key.weight, 1.0)
+        nn.init.zeros_(self.receptance.weight)
+        nn.init.zeros_(self.value.weight)
+
+
+class RWKV5ChannelMix(RWKV4ChannelMix):
+    """As in RWKV-4, but narrower inside (arXiv 2404.05892, section 4.3)."""
+
+    HIDDEN_RATIO = 3.5
+
+
+class RWKV6ChannelMix(RWKV5ChannelMix):
+    """As in RWKV-5, but with `x_* = x + (x_prev - x) mix` (arXiv 2404.05892, section 4.3)."""
+
+    def interpolate(self, x: Tensor, previous: Tensor, mix: Tensor) -> Tensor:
+        """Between the token itself and the one before, `mix` being the latter's part."""
+        return torch.lerp(x, previous, mix)
+
+    def initialize(self, layer: int, num_layers: int) -> None:
+        """RWKV-LM, RWKV-v5/src/model.py, `RWKV_CMix_x060` and `generate_init_weight`."""
+        self._initialize(1.0 - ramps(self.d_model)[0] ** depth(layer, num_layers)[1])
 
 
 class RWKV7ChannelMix(ShiftedChannelMix):
@@ -98,4 +135,12 @@ class RWKV7ChannelMix(ShiftedChannelMix):
     def forward(self, x: Tensor, state: ShiftState, context: Context) -> tuple[Tensor, ShiftState]:
         """`[B, T, D]` -> `[B, T, D]`."""
         previous, last = token_shift(x, state.shift, context.reset)
-        return self.squared_relu(x, previous - x), ShiftState(last)
+        return self.squared_relu(torch.lerp(x, previous, self.mix_key)), ShiftState(last)
+
+    def initialize(self, layer: int, num_layers: int) -> None:
+        """RWKV-LM, RWKV-v7/train_temp/src/model.py, `RWKV_CMix_x070.__init__`."""
+        q = depth(layer, num_layers)[1]
+        self.mix_key.copy_(1.0 - ramps(self.d_model)[0] ** (q**4))
+        bound = 0.5 / self.d_model**0.5
+        nn.init.uniform_(self.key.weight, -bound, bound)
+        nn.init.zeros_(self.value.weight)

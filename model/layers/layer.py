@@ -1,11 +1,15 @@
 """What every layer is, and what a forward pass hands to it."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from model.config import MixerOptions, ModelConfig
+from model.ops import OPS
 
 
 @dataclass
@@ -18,14 +22,35 @@ class Context:
     """`[B, T]` bool, True where a token starts a document."""
     v_first: Tensor | None = None
     """`[B, T, D]`, set by the first layer: the values that RWKV-7's other layers lean towards."""
+    observe: Callable[[str, dict[str, Any]], None] | None = None
+    """Called with the name of every op that runs, and its keyword arguments; changes nothing."""
+
+    def run(self, op: str, *args: Any, **kwargs: Any) -> Any:
+        """An op of `model.ops.OPS` in this pass's form, with this pass's resets."""
+        if self.observe is not None:
+            self.observe(op, kwargs)
+        return OPS[op].form(self.form)(*args, reset=self.reset, **kwargs)
 
 
 class Layer(nn.Module):
     """A time mixer or a channel mixer: `(x, state, context) -> (y, state)`, x and y `[B, T, D]`."""
 
+    Options: ClassVar[type[MixerOptions]] = MixerOptions
+    """What only this mixer can be told; `config.options` is one of these."""
+    LEARNING_RATE_SCALES: ClassVar[dict[str, float]] = {}
+    """Parameters whose learning rate is another than the rest's, and its factor."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         """Builds layer number `layer`, counted from 0, of a network of that shape."""
         super().__init__()
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        """Refuses a shape that this layer cannot have.
+
+        Raises:
+            ValueError: naming the setting.
+        """
 
     def initial_state(self, batch_size: int) -> Any:
         """A NamedTuple of tensors `[B, ...]`: the state before the first token."""
@@ -34,3 +59,20 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, state: Any, context: Context) -> tuple[Tensor, Any]:
         """Mixes x and returns it with the state after its last token; changes neither argument."""
         raise NotImplementedError
+
+    def initialize(self, layer: int, num_layers: int) -> None:
+        """Draws the weights of layer number `layer` of `num_layers`; gradients are off.
+
+        Unless a layer has values of its own, GPT-2's: matrices normal with 0.02, those into the
+        residual stream (`output`, `down`) with 1 / sqrt(2 layers) of that; the rest as it is.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith(".weight") and parameter.dim() == 2:
+                into_residual = name in ("output.weight", "down.weight")
+                shrink = math.sqrt(2 * num_layers) if into_residual else 1.0
+                nn.init.normal_(parameter, std=0.02 / shrink)
+
+
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """That of a recurrent state: the parameters' own, but never less than float32."""
+    return torch.promote_types(dtype, torch.float32)

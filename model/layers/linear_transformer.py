@@ -1,15 +1,22 @@
 """Linear transformer (Katharopoulos et al. 2020, arXiv 2006.16236): weights `phi(q) . phi(k)`."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.config import LinearTransformerOptions, ModelConfig
+from model.config import MixerOptions, ModelConfig
 from model.layers.feature_maps import elu_plus_one
-from model.layers.layer import Context, Layer
-from model.ops import OPS
+from model.layers.layer import Context, Layer, at_least_single
+
+
+@dataclass(frozen=True)
+class LinearTransformerOptions(MixerOptions):
+    """Of the normaliser."""
+
+    eps: float = 1e-6
+    """Added to the normaliser."""
 
 
 class LinearTransformerState(NamedTuple):
@@ -21,6 +28,8 @@ class LinearTransformerState(NamedTuple):
 
 class LinearTransformer(Layer):
     """Additive recurrence without decay, normalised, with the feature map elu + 1."""
+
+    Options: ClassVar[type[MixerOptions]] = LinearTransformerOptions
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -36,8 +45,7 @@ class LinearTransformer(Layer):
         """Nothing written yet: zeros, in at least float32."""
         weight = self.key.weight
         shape = (batch_size, self.num_heads, self.head_dim, self.head_dim + 1)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return LinearTransformerState(weight.new_zeros(shape, dtype=dtype))
+        return LinearTransformerState(weight.new_zeros(shape, dtype=at_least_single(weight.dtype)))
 
     def forward(
         self, x: Tensor, state: LinearTransformerState, context: Context
@@ -47,12 +55,12 @@ class LinearTransformer(Layer):
             rearrange(project(x), "b t (h k) -> b t h k", h=self.num_heads)
             for project in (self.query, self.key, self.value)
         )
-        o, matrix = OPS["additive"].form(context.form)(
+        o, matrix = context.run(
+            "additive",
             elu_plus_one(q),
             elu_plus_one(k),
             v,
             normalize=True,
-            reset=context.reset,
             initial_state=state.matrix,
             eps=self.eps,
         )

@@ -34,3 +34,8 @@ class LowRank(nn.Module):
             hidden = self.activation(hidden)
         y = hidden @ self.up
         return y if self.bias is None else y + self.bias
+
+    def set_bias(self, values: Tensor) -> None:
+        """Starts the bias `[out]` at these values."""
+        assert self.bias is not None
+        self.bias.copy_(values)

@@ -1,39 +1,41 @@
 """RWKV-6 "Finch" (arXiv 2404.05892): additive, with a data-dependent decay and a bonus."""
 
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.config import ModelConfig, RWKV6Options
-from model.layers.layer import Context, Layer
+from model.config import MixerOptions, ModelConfig
+from model.layers.initializers import depth, orthogonal_, ramps
+from model.layers.layer import Context
 from model.layers.low_rank import LowRank
-from model.layers.norm import HeadNorm
+from model.layers.rwkv import RWKVHeads, RWKVOptions, RWKVState, decay_ramp, zigzag
 from model.layers.token_shift import token_shift
-from model.ops import OPS
 
 
-class RWKVState(NamedTuple):
-    """The last token and the matrix of each head."""
+@dataclass(frozen=True)
+class RWKV6Options(RWKVOptions):
+    """The ranks of what depends on the data."""
 
-    shift: Tensor
-    """`[B, D]`."""
-    matrix: Tensor
-    """`[B, H, K, V]`."""
+    shift_rank: int = 32
+    """Of the token shift."""
+    decay_rank: int = 64
+    """Of the decay."""
 
 
-class RWKV6(Layer):
-    """The time mixer of RWKV-6."""
+class RWKV6(RWKVHeads):
+    """The time mixer of RWKV-6 (section 4.2)."""
 
+    Options: ClassVar[type[MixerOptions]] = RWKV6Options
     LEARNING_RATE_SCALES: ClassVar[dict[str, float]] = {"decay.bias": 2.0}
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         assert isinstance(config.options, RWKV6Options)
         width, options = config.d_model, config.options
-        self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.mix_base = nn.Parameter(torch.zeros(width))
         self.mix = nn.Parameter(torch.zeros(5, width))
         """`[5, D]`: of decay, key, value, receptance and gate, in this order."""
@@ -41,19 +43,7 @@ class RWKV6(Layer):
         self.mix_up = nn.Parameter(torch.zeros(5, options.shift_rank, width))
         self.decay = LowRank(width, options.decay_rank, width, activation=torch.tanh)
         self.bonus = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
-        self.receptance = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
         self.gate = nn.Linear(width, width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
-        self.head_norm = HeadNorm(self.num_heads, self.head_dim, options.group_norm_eps)
-
-    def initial_state(self, batch_size: int) -> RWKVState:
-        """No token yet: zeros, the matrix in at least float32."""
-        shift = self.mix_base.new_zeros(batch_size, self.num_heads * self.head_dim)
-        dtype = torch.promote_types(shift.dtype, torch.float32)
-        shape = (batch_size, self.num_heads, self.head_dim, self.head_dim)
-        return RWKVState(shift, shift.new_zeros(shape, dtype=dtype))
 
     def forward(self, x: Tensor, state: RWKVState, context: Context) -> tuple[Tensor, RWKVState]:
         """`[B, T, D]` -> `[B, T, D]`."""
@@ -64,23 +54,37 @@ class RWKV6(Layer):
         offsets = torch.einsum("mbtr,mrd->mbtd", low, self.mix_up) + self.mix[:, None, None]
         x_decay, x_key, x_value, x_receptance, x_gate = (x + difference * offsets).unbind()
 
-        receptance, key, value, log_decay = (
-            rearrange(y, "b t (h k) -> b t h k", h=self.num_heads)
-            for y in (
-                self.receptance(x_receptance),
-                self.key(x_key),
-                self.value(x_value),
-                -self.decay(x_decay).exp(),
-            )
-        )
-        o, matrix = OPS["additive"].form(context.form)(
-            receptance,
-            key,
-            value,
-            log_decay=log_decay,
+        o, matrix = context.run(
+            "additive",
+            self.heads(self.receptance(x_receptance)),
+            self.heads(self.key(x_key)),
+            self.heads(self.value(x_value)),
+            log_decay=self.heads(-self.decay(x_decay).exp()),
             bonus=self.bonus,
-            reset=context.reset,
             initial_state=state.matrix,
         )
         y = self.output(self.head_norm(o) * F.silu(self.gate(x_gate)))
         return y, RWKVState(last, matrix)
+
+    def initialize(self, layer: int, num_layers: int) -> None:
+        """RWKV-LM, RWKV-v5/src/model.py, `RWKV_Tmix_x060` and `generate_init_weight`."""
+        p, q = depth(layer, num_layers)
+        ratio, slope = ramps(self.output.in_features)
+        self.mix_base.copy_(1.0 - ratio**q)
+        for row, (power, offset) in enumerate(
+            ((1.0, 0.0), (1.0, 0.0), (1.0, 0.3 * p), (0.5, 0.0), (0.5, 0.0))  # w, k, v, r, g
+        ):
+            self.mix[row] = 1.0 - (ratio ** (power * q) + offset)
+        nn.init.zeros_(self.mix_down)
+        nn.init.uniform_(self.mix_up, -0.01, 0.01)
+        nn.init.zeros_(self.decay.down)
+        nn.init.uniform_(self.decay.up, -0.01, 0.01)
+        self.decay.set_bias(decay_ramp(slope, -6.0, 5.0, p))
+        bonus = p * (1.0 - slope) + zigzag(len(slope), 0.1)
+        self.bonus.copy_(bonus.view_as(self.bonus))
+        for projection in (self.receptance, self.value):
+            orthogonal_(projection.weight, 1.0)
+        for projection in (self.key, self.gate):
+            orthogonal_(projection.weight, 0.1)
+        nn.init.zeros_(self.output.weight)
+        self.initialize_head_norm(layer, num_layers)

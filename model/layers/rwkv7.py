@@ -1,6 +1,7 @@
 """RWKV-7 "Goose" (arXiv 2503.14456): the delta recurrence with a decay a channel."""
 
 import math
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -8,13 +9,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.config import ModelConfig, RWKV7Options
-from model.layers.layer import Context, Layer
+from model.config import MixerOptions, ModelConfig
+from model.layers.initializers import depth, orthogonal_, ramps
+from model.layers.layer import Context
 from model.layers.low_rank import LowRank
-from model.layers.norm import HeadNorm
-from model.layers.rwkv6 import RWKVState
+from model.layers.rwkv import RWKVHeads, RWKVOptions, RWKVState
 from model.layers.token_shift import token_shift
-from model.ops import OPS
 
 STRONGEST_DECAY = -math.exp(-0.5)
 """The log-decay of RWKV-7 lies in (-0.6065, 0): section 4.1."""
@@ -25,26 +25,40 @@ def default_rank(factor: float, d_model: int) -> int:
     return max(32, round(factor * math.sqrt(d_model) / 32) * 32)
 
 
-class RWKV7(Layer):
-    """The time mixer of RWKV-7."""
+@dataclass(frozen=True)
+class RWKV7Options(RWKVOptions):
+    """Ranks left at None follow the width."""
 
+    decay_rank: int | None = None
+    iclr_rank: int | None = None
+    value_rank: int | None = None
+    gate_rank: int | None = None
+    first_value_residual: bool = False
+    """Whether the first layer carries the weights of a value residual too, which it never uses, as
+    official checkpoints do."""
+
+
+class RWKV7(RWKVHeads):
+    """The time mixer of RWKV-7 (section 4.1)."""
+
+    Options: ClassVar[type[MixerOptions]] = RWKV7Options
     LEARNING_RATE_SCALES: ClassVar[dict[str, float]] = {"decay.bias": 2.0}
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         assert isinstance(config.options, RWKV7Options)
         width, options = config.d_model, config.options
-        self.num_heads, self.head_dim, self.is_first = config.num_heads, config.head_dim, layer == 0
+        self.is_first = layer == 0
         self.mix = nn.Parameter(torch.zeros(6, width))
         """`[6, D]`: of receptance, decay, key, value, iclr and gate, in this order."""
         self.decay = LowRank(
             width, options.decay_rank or default_rank(2.5, width), width, activation=torch.tanh
         )
         self.iclr = LowRank(width, options.iclr_rank or default_rank(2.5, width), width)
-        if not self.is_first:
+        if not self.is_first or options.first_value_residual:
             self.value_residual = LowRank(
                 width, options.value_rank or default_rank(1.7, width), width
-            )
+            ).requires_grad_(not self.is_first)
         self.gate = LowRank(
             width,
             options.gate_rank or default_rank(5.0, width),
@@ -58,18 +72,6 @@ class RWKV7(Layer):
         """`[D]`, k_a: how far the learning rate weakens the key."""
         self.bonus = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
         """`[H, K]`, r_k: weight of the token's own value."""
-        self.receptance = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
-        self.head_norm = HeadNorm(self.num_heads, self.head_dim, options.group_norm_eps)
-
-    def initial_state(self, batch_size: int) -> RWKVState:
-        """No token yet: zeros, the matrix in at least float32."""
-        shift = self.mix.new_zeros(batch_size, self.num_heads * self.head_dim)
-        dtype = torch.promote_types(shift.dtype, torch.float32)
-        shape = (batch_size, self.num_heads, self.head_dim, self.head_dim)
-        return RWKVState(shift, shift.new_zeros(shape, dtype=dtype))
 
     def forward(self, x: Tensor, state: RWKVState, context: Context) -> tuple[Tensor, RWKVState]:
         """`[B, T, D]` -> `[B, T, D]`."""
@@ -89,7 +91,7 @@ class RWKV7(Layer):
             value = torch.lerp(value, context.v_first, amount.to(value.dtype))
         key = self.key(x_key)
         receptance, key, value, removal, log_decay, iclr = (
-            rearrange(y, "b t (h k) -> b t h k", h=self.num_heads)
+            self.heads(y)
             for y in (
                 self.receptance(x_receptance),
                 torch.addcmul(key, key * self.iclr_scale, iclr - 1.0),
@@ -100,16 +102,47 @@ class RWKV7(Layer):
             )
         )
         removal = F.normalize(removal, dim=-1, eps=1e-12)
-        o, matrix = OPS["delta"].form(context.form)(
+        o, matrix = context.run(
+            "delta",
             receptance,
             key,
             value,
             a=-removal,
             b=removal * iclr,
             log_decay=log_decay,
-            reset=context.reset,
             initial_state=state.matrix,
         )
         own = (receptance * key * self.bonus).sum(dim=-1, keepdim=True) * value
         y = self.head_norm(o) + rearrange(own, "b t h v -> b t (h v)")
         return self.output(y * self.gate(x_gate)), RWKVState(last, matrix)
+
+    def initialize(self, layer: int, num_layers: int) -> None:
+        """RWKV-LM, RWKV-v7/train_temp/src/model.py, `RWKV_Tmix_x070.__init__`."""
+        width = self.output.in_features
+        p, q = depth(layer, num_layers)
+        ratio, slope = ramps(width)
+        linear = slope - 0.5
+        within = (torch.arange(width) % self.head_dim) / max(self.head_dim - 1, 1) * 2 - 1
+        zigzag = within * within.abs()
+        for row, power in enumerate((0.2, 0.9, 0.7, 0.7, 0.9, 0.2)):  # r, w, k, v, a, g
+            self.mix[row] = 1.0 - ratio ** (power * q)
+
+        low_ranks = [self.decay, self.iclr, self.gate]
+        if hasattr(self, "value_residual"):
+            low_ranks.append(self.value_residual)
+            self.value_residual.set_bias(0.73 - 0.4 * linear)
+        for low_rank in low_ranks:
+            nn.init.zeros_(low_rank.down)
+            orthogonal_(low_rank.up, 0.1)
+        self.decay.set_bias(-5.5 + 6.0 * slope ** (1.0 + p**0.3) + 2.5 * zigzag)
+        self.iclr.set_bias(-0.19 + 0.3 * zigzag + 0.4 * linear)
+        self.removal_scale.copy_(0.71 - 0.1 * linear)
+        nn.init.constant_(self.iclr_scale, 1.02)
+        nn.init.constant_(self.bonus, -0.04)
+
+        bound = 0.5 / math.sqrt(width)
+        nn.init.uniform_(self.receptance.weight, -bound, bound)
+        nn.init.uniform_(self.key.weight, -0.1 * bound, 0.1 * bound)
+        nn.init.uniform_(self.value.weight, -bound, bound)
+        nn.init.zeros_(self.output.weight)
+        self.initialize_head_norm(layer, num_layers)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from runs import TINY, ebb, write_text
 
-from model.config import SIZES, parse_mixer
+from model.config import SIZES
 from model.layers import MIXERS
+from model.presets import parse_mixer
 from train.cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]

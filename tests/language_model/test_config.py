@@ -9,41 +9,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_helpers import ALL_MIXERS
 
-from model.config import (
-    OPTIONS,
-    SCORES,
-    SIZES,
-    AttentionOptions,
-    ModelConfig,
-    RWKV6Options,
-    RWKV7Options,
-    parse_mixer,
-)
+from model.config import SIZES, ModelConfig
 from model.language_model import LanguageModel
 from model.layers import MIXERS
+from model.layers.attention import SCORES, AttentionOptions
+from model.layers.rwkv6 import RWKV6Options
+from model.layers.rwkv7 import RWKV7Options
+from model.presets import complete, from_dict, parse_mixer, preset
 
 POSITIVE = st.integers(1, 10**6)
-EPS = st.floats(1e-12, 1.0)
-OPTIONS_OF = {
-    "attention": st.builds(
-        AttentionOptions, score=st.sampled_from(SCORES), rotary_base=st.floats(1.5, 1e7)
-    ),
-    "linear_transformer": st.builds(OPTIONS["linear_transformer"], eps=EPS),
-    "rwkv6": st.builds(RWKV6Options, shift_rank=POSITIVE, decay_rank=POSITIVE, group_norm_eps=EPS),
-    "rwkv7": st.builds(
-        RWKV7Options,
-        decay_rank=st.none() | POSITIVE,
-        iclr_rank=st.none() | POSITIVE,
-        value_rank=st.none() | POSITIVE,
-        gate_rank=st.none() | POSITIVE,
-        group_norm_eps=EPS,
-    ),
+VALUES = {
+    int: POSITIVE,
+    int | None: st.none() | POSITIVE,
+    float: st.floats(1e-12, 1.0),
+    bool: st.booleans(),
 }
+
+
+def options_of(mixer):
+    """Any options that a mixer can have, drawn by the types of its settings."""
+    kind = MIXERS[mixer].time_mix.Options
+    if kind is AttentionOptions:
+        return st.builds(kind, score=st.sampled_from(sorted(SCORES)), rotary_base=VALUES[float])
+    return st.builds(kind, **{f.name: VALUES[f.type] for f in dataclasses.fields(kind)})
 
 
 @st.composite
 def configs(draw):
-    mixer = draw(st.sampled_from(sorted(OPTIONS_OF)))
+    mixer = draw(st.sampled_from(sorted(MIXERS)))
     head_dim = 2 * draw(st.integers(1, 64))
     return ModelConfig(
         mixer=mixer,
@@ -52,19 +45,15 @@ def configs(draw):
         num_layers=draw(st.integers(1, 99)),
         head_dim=head_dim,
         ffn_dim=draw(st.none() | POSITIVE),
-        options=draw(OPTIONS_OF[mixer]),
+        options=draw(options_of(mixer)),
     )
-
-
-def test_every_mixer_has_options_and_every_options_a_mixer():
-    assert set(OPTIONS) == set(MIXERS) == set(OPTIONS_OF)
 
 
 @settings(max_examples=60)
 @given(config=configs())
 def test_json_brings_back_the_same(config):
     text = json.dumps(config.to_dict())
-    assert ModelConfig.from_dict(json.loads(text)) == config
+    assert from_dict(json.loads(text)) == config
     assert config.num_heads * config.head_dim == config.d_model
 
 
@@ -78,13 +67,13 @@ def test_unknown_settings_are_named_and_refused(config, name, inside):
         name += "_"
     table[name] = 1
     with pytest.raises(ValueError, match=f"^{kind.__name__} has no setting ") as error:
-        ModelConfig.from_dict(values)
+        from_dict(values)
     assert name in str(error.value)
 
 
 def test_settings_left_out_take_their_defaults():
-    assert ModelConfig.from_dict({"mixer": "rwkv7"}) == ModelConfig()
-    assert ModelConfig.from_dict({"mixer": "rwkv6", "d_model": 128}) == ModelConfig(
+    assert from_dict({"mixer": "rwkv7"}) == complete(ModelConfig())
+    assert from_dict({"mixer": "rwkv6", "d_model": 128}) == ModelConfig(
         mixer="rwkv6", d_model=128, options=RWKV6Options()
     )
 
@@ -124,7 +113,7 @@ def test_only_the_ffn_width_may_be_left_open(name):
 )
 def test_options_out_of_range_are_refused_by_name(mixer, name, value):
     with pytest.raises(ValueError, match=f"^{name} must be a positive "):
-        ModelConfig.from_dict({"mixer": mixer, "options": {name: value}})
+        from_dict({"mixer": mixer, "options": {name: value}})
 
 
 @pytest.mark.parametrize(
@@ -144,15 +133,15 @@ def test_options_out_of_range_are_refused_by_name(mixer, name, value):
 )
 def test_what_cannot_be_built_is_refused(values, message):
     with pytest.raises(ValueError, match=message) as error:
-        ModelConfig.from_dict(values)
+        from_dict(values)
     assert "\n" not in str(error.value)
 
 
 def test_an_unknown_mixer_and_options_of_another_are_refused():
     with pytest.raises(ValueError, match="there is no mixer 'rwkv9'"):
-        ModelConfig(mixer="rwkv9")
-    with pytest.raises(ValueError, match="rwkv6 takes RWKV6Options, but options is RWKV7Options"):
-        ModelConfig(mixer="rwkv6")
+        LanguageModel(ModelConfig(mixer="rwkv9"))
+    with pytest.raises(ValueError, match="rwkv7 takes RWKV7Options, but options is RWKV6Options"):
+        LanguageModel(ModelConfig(mixer="rwkv7", options=RWKV6Options()))
 
 
 def test_a_config_cannot_be_changed():
@@ -163,22 +152,31 @@ def test_a_config_cannot_be_changed():
 
 def test_parse_mixer():
     for name in MIXERS:
-        assert parse_mixer(name) == (name, OPTIONS[name]())
+        assert parse_mixer(name) == (name, MIXERS[name].time_mix.Options())
     assert parse_mixer("softmax") == ("attention", AttentionOptions(score="softmax"))
     for score in SCORES:
         assert parse_mixer(f"attention:{score}") == ("attention", AttentionOptions(score=score))
+    assert parse_mixer("rwkv7:gate_rank=64:first_value_residual") == (
+        "rwkv7",
+        RWKV7Options(gate_rank=64, first_value_residual=True),
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("", "there is no mixer ''; choose one of attention, linear_transformer, rwkv6, rwkv7"),
+        ("", "there is no mixer ''; choose one of attention, "),
         ("RWKV7", "there is no mixer 'RWKV7'"),
         (":softmax", "there is no mixer ':softmax'"),
         ("softmax:softmax", "there is no mixer 'softmax:softmax'"),
-        ("rwkv7:softmax", "rwkv7 takes nothing after a colon, but 'rwkv7:softmax' has 'softmax'"),
+        ("rwkv7:softmax", "rwkv7:softmax: 'softmax' is no option of this mixer; it takes group_n"),
+        ("rwkv7:gate_rank", "'gate_rank' is no option of this mixer"),
+        ("rwkv7:gate_rank=", "has nothing after|gate_rank must be a number, but is ''"),
+        ("rwkv7:gate_rank=many", "gate_rank must be a number, but is 'many'"),
+        ("rwkv7:gate_rank=0", "gate_rank must be a positive integer, but is 0"),
+        ("rwkv7:first_value_residual=1", "first_value_residual must be true or false"),
         ("attention:hard", "attention knows no score 'hard'; choose one of softmax"),
-        ("attention:softmax:2", "attention knows no score 'softmax:2'"),
+        ("attention:softmax:hard", "'hard' is no option of this mixer"),
     ],
 )
 def test_parse_mixer_refuses(name, message):
@@ -196,7 +194,7 @@ def test_parse_mixer_refuses_a_colon_with_nothing_after_it(name):
 @pytest.mark.parametrize("size", sorted(SIZES))
 def test_presets_build(size, mixer):
     """On the meta device: shapes without memory or time."""
-    config = ModelConfig.preset(size, mixer, vocab_size=257)
+    config = preset(size, mixer, vocab_size=257)
     shape = SIZES[size]
     assert (config.num_layers, config.d_model, config.head_dim) == dataclasses.astuple(shape)
     with torch.device("meta"):
@@ -209,7 +207,7 @@ def test_presets_build(size, mixer):
 @pytest.mark.parametrize("mixer", ALL_MIXERS)
 def test_a_preset_runs(mixer):
     torch.manual_seed(0)
-    model = LanguageModel(ModelConfig.preset("nano", mixer, vocab_size=300, ffn_dim=96))
+    model = LanguageModel(preset("nano", mixer, vocab_size=300, ffn_dim=96))
     assert model.config.ffn_dim == 96
     logits = model(torch.arange(20)[None]).logits
     assert logits.shape == (1, 20, 300)
@@ -218,4 +216,4 @@ def test_a_preset_runs(mixer):
 
 def test_an_unknown_size_is_refused():
     with pytest.raises(ValueError, match="there is no size 'huge'; choose one of nano, micro, "):
-        ModelConfig.preset("huge", "rwkv7", vocab_size=257)
+        preset("huge", "rwkv7", vocab_size=257)

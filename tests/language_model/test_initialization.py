@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
-from model_helpers import ALL_MIXERS, random_model, random_tokens, small_config
+from model_helpers import ALL_MIXERS, RATES, random_model, random_tokens, small_config
 
-from model.config import ModelConfig, RWKV6Options, RWKV7Options
+from model.config import ModelConfig
 from model.initialization import parameter_groups
 from model.language_model import LanguageModel
+from model.layers.rwkv6 import RWKV6Options
+from model.layers.rwkv7 import RWKV7Options
 
 SHAPES = [(1, 32, 8), (2, 64, 64), (4, 128, 32), (3, 24, 8)]
 """Layers, width, head_dim. In the last, ranks are larger than the width."""
@@ -201,17 +203,17 @@ def test_every_parameter_is_in_exactly_one_group(mixer):
 def test_decay_and_rates_of_every_parameter(mixer):
     model = random_model(small_config(mixer))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    doubled = 0
+    rates, found = RATES.get(mixer, {}), []
     for group in parameter_groups(model, learning_rate=1e-3, weight_decay=0.1):
         for parameter in group["params"]:
             name = names[id(parameter)]
             matrix = parameter.dim() == 2 and name.endswith(".weight")
             assert group["weight_decay"] == (0.1 if matrix else 0.0), name
-            scale = 2.0 if name.endswith("time_mix.decay.bias") else 1.0
+            scale = rates.get(name.partition("time_mix.")[2], 1.0)
             assert group["lr_scale"] == scale, name
             assert group["lr"] == pytest.approx(1e-3 * scale)
-            doubled += scale == 2.0
-    assert doubled == (model.config.num_layers if mixer.startswith("rwkv") else 0)
+            found += [scale] if scale != 1.0 else []
+    assert sorted(found) == sorted([*rates.values()] * model.config.num_layers)
 
 
 def test_large_matrices_of_rwkv7_are_decayed_and_nothing_else():

@@ -7,15 +7,17 @@ import pytest
 import torch
 from model_helpers import assert_close
 
-from model.config import LinearTransformerOptions, ModelConfig, RWKV6Options, RWKV7Options
+from model.config import ModelConfig
 from model.layers import MIXERS
 from model.layers.channel_mix import RWKV6ChannelMix, RWKV7ChannelMix, SwiGLU
 from model.layers.feature_maps import elu_plus_one
 from model.layers.layer import Context, Layer
+from model.layers.linear_transformer import LinearTransformerOptions
 from model.layers.low_rank import LowRank
 from model.layers.norm import HeadNorm, LayerNorm, RMSNorm
 from model.layers.rotary import rotate
-from model.layers.rwkv7 import default_rank
+from model.layers.rwkv6 import RWKV6Options
+from model.layers.rwkv7 import RWKV7Options, default_rank
 from model.layers.token_shift import token_shift
 from model.ops import OPS
 

@@ -77,7 +77,7 @@ def test_logits_agree_step_by_step_with_a_cache(pair):
     assert (logits - theirs.logits).abs().max() < 1e-4
     for t in range(90, TIME):
         token = tokens[:, t : t + 1]
-        theirs = peer(input_ids=token, past_key_values=theirs.past_key_values, use_cache=True)
+        theirs = peer(input_ids=token, cache=theirs.past_key_values, use_cache=True)
         logits, state = model(token, state, form="recurrent")
         assert (logits - theirs.logits).abs().max() < 1e-4
 

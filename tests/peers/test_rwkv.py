@@ -14,7 +14,7 @@ import pytest
 import torch
 from model_helpers import assert_close, random_model, random_tokens
 
-from model.config import OPTIONS, ModelConfig
+from model.config import ModelConfig
 from model.language_model import LanguageModel
 
 VOCAB = 300
@@ -139,7 +139,6 @@ def pairs(request, tmp_path_factory):
             num_layers=layers,
             d_model=width,
             head_dim=64,
-            options=OPTIONS[mixer](),
         )
         model = random_model(config, seed=index, dtype=torch.float32)
         with torch.no_grad():  # quiet enough that the eps of the norm after it shows
@@ -212,7 +211,7 @@ def test_the_comparison_would_see_every_weight(pairs):
 def test_the_comparison_would_see_another_eps(pairs):
     """It is in no checkpoint, so only agreement with the official code can tell."""
     model, tokens, found = pairs[2, 128]
-    options = OPTIONS[model.config.mixer](group_norm_eps=1e-5)
+    options = dataclasses.replace(model.config.options, group_norm_eps=1e-5)
     other = LanguageModel(dataclasses.replace(model.config, options=options))
     other.load_state_dict(model.state_dict())
     assert (other(tokens).logits[0] - found["logits"]).abs().max() > 1e-3

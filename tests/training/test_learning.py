@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from model.layers import MIXERS
 from train.config import TrainConfig
 from train.loop import train
-from train.recipes import RECIPES
+from train.recipes import recipe_of
 from train.schedule import rate_factor
 
 
@@ -75,7 +75,7 @@ def test_metrics_hold_every_step_and_the_schedule(workshop, tmp_path):
     lines = metrics(tmp_path)
     logged = [line for line in lines if "loss" in line]
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6, 7]
-    final = RECIPES["rwkv7"].final_fraction
+    final = recipe_of("rwkv7").final_fraction
     for number, line in enumerate(logged):
         factor = rate_factor(number, steps=7, warmup=3, final_fraction=final)
         assert line["learning_rate"] == pytest.approx(3e-3 * factor)

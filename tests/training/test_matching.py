@@ -2,9 +2,9 @@
 
 import pytest
 
-from model.config import ModelConfig
 from model.language_model import LanguageModel
 from model.layers import MIXERS
+from model.presets import preset
 from train.compare import matched_shapes
 from train.config import CompareConfig, parse_count
 from train.matching import matched, num_parameters
@@ -15,20 +15,20 @@ from train.matching import matched, num_parameters
 def test_parameters_match_within_a_hundredth(size, first):
     names = ",".join([first, *(set(MIXERS) - {first})])
     shapes = matched_shapes(CompareConfig(mixers=names, size=size), 2048)
-    target = num_parameters(ModelConfig.preset(size, first, 2048))
+    target = num_parameters(preset(size, first, 2048))
     for name, shape in shapes.items():
         assert shape.mixer == name
         assert abs(num_parameters(shape) / target - 1) < 0.01, name
 
 
 def test_count_is_that_of_a_real_model():
-    config = ModelConfig.preset("nano", "rwkv7", 300)
+    config = preset("nano", "rwkv7", 300)
     assert num_parameters(config) == sum(p.numel() for p in LanguageModel(config).parameters())
 
 
 def test_model_that_is_too_large_to_match_is_refused():
     with pytest.raises(ValueError, match="without its channel mix, more than the 100,000 that"):
-        matched(ModelConfig.preset("nano", "rwkv7", 300), 100_000)
+        matched(preset("nano", "rwkv7", 300), 100_000)
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from model_helpers import small_config
+from model_helpers import RATES, small_config
 
 from model.language_model import LanguageModel
 from model.layers import MIXERS
 from train.budget import Budget
 from train.optimizer import make_optimizer, set_rate
-from train.recipes import RECIPES
+from train.recipes import recipe_of
 from train.schedule import rate_factor
 
 
@@ -44,9 +44,9 @@ def test_cosine_is_half_way_in_the_middle():
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
 def test_every_group_keeps_its_share_of_the_rate(mixer):
     model = LanguageModel(small_config(mixer))
-    optimizer = make_optimizer(model, RECIPES[mixer], 3e-3, 0.1)
+    optimizer = make_optimizer(model, recipe_of(mixer), 3e-3, 0.1)
     scales = [group["lr_scale"] for group in optimizer.param_groups]
-    assert set(scales) == ({1.0, 2.0} if mixer in ("rwkv6", "rwkv7") else {1.0})
+    assert set(scales) == {1.0, *RATES.get(mixer, {}).values()}
     for rate in (3e-3, 7e-4):
         set_rate(optimizer, rate)
         assert [g["lr"] for g in optimizer.param_groups] == [rate * scale for scale in scales]
@@ -57,7 +57,7 @@ def test_every_group_keeps_its_share_of_the_rate(mixer):
 def test_a_group_moves_by_its_share():
     """Adam's first step is the rate itself, whatever the gradient."""
     model = LanguageModel(small_config("rwkv7"))
-    optimizer = make_optimizer(model, RECIPES["rwkv7"], 1.0, 0.0)
+    optimizer = make_optimizer(model, recipe_of("rwkv7"), 1.0, 0.0)
     set_rate(optimizer, 1e-3)
     before = {id(p): p.detach().clone() for p in model.parameters()}
     for parameter in model.parameters():

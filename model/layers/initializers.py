@@ -1,0 +1,23 @@
+"""What the layers' own initial values are made of."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def orthogonal_(weight: Tensor, scale: float) -> None:
+    """Orthogonal, with gain `scale sqrt(rows / columns)` where there are more rows than columns."""
+    rows, columns = weight.shape
+    nn.init.orthogonal_(weight, gain=scale * math.sqrt(max(rows / columns, 1.0)))
+
+
+def depth(layer: int, num_layers: int) -> tuple[float, float]:
+    """`p = layer / (L - 1)`, 0 for a single layer, and `q = 1 - layer / L`."""
+    return (layer / (num_layers - 1) if num_layers > 1 else 0.0), 1.0 - layer / num_layers
+
+
+def ramps(width: int) -> tuple[Tensor, Tensor]:
+    """`channel / D` and `channel / (D - 1)`, each `[D]`: the two ramps of RWKV's values."""
+    channel = torch.arange(width)
+    return channel / width, channel / max(width - 1, 1)
