@@ -3,10 +3,12 @@
 namespace EBB_NAMESPACE {
 
 #include "simd.h"
-#include "scan_kernels.h"
+#include "scan_forward.h"
+#include "scan_backward.h"
 
 }  // namespace EBB_NAMESPACE
 #undef EBB_INLINE
+#undef EBB_FOR_ALL_KEYS
 #undef EBB_NAMESPACE
 #undef EBB_TARGET
 #undef EBB_VECTOR_BYTES

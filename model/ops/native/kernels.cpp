@@ -77,31 +77,17 @@ Real* scratch(int64_t count) {
 }
 
 template <class Real>
-int64_t count_panels(const Scan<Real>& s) {
-  int64_t panels = 0;
-  for (int64_t c = 0; c < s.value_dim; c = scan_kernels<Real>().panel_end(s, c)) ++panels;
-  return panels;
-}
-
-template <class Real>
-int64_t panel_begin(const Scan<Real>& s, int64_t panel) {
-  int64_t column = 0;
-  while (panel-- > 0) column = scan_kernels<Real>().panel_end(s, column);
-  return column;
-}
-
-template <class Real>
 int forward(const Scan<Real>& s, int threads) {
   const auto& kernels = scan_kernels<Real>();
   const auto kernel = kernels.forward[kernels.kind(s)];
-  const int64_t panels = count_panels(s), items = s.batch * s.heads * panels;
+  const int64_t panels = kernels.forward_panels(s), items = s.batch * s.heads * panels;
   const int team = int(std::max<int64_t>(std::min<int64_t>(threads, items), 1));
   int failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1) reduction(| : failed)
   for (int64_t item = 0; item < items; ++item) {
-    Real* const memory = scratch<Real>(kernels.scratch(s, false));
+    Real* const memory = scratch<Real>(kernels.forward_scratch(s));
     if (memory)
-      kernel(s, item / panels, panel_begin(s, item % panels), memory);
+      kernel(s, item / panels, item % panels, memory);
     else
       failed = 1;
   }
@@ -112,19 +98,19 @@ template <class Real>
 int backward(const Scan<Real>& s, const ScanGradient<Real>& d, int threads) {
   const auto& kernels = scan_kernels<Real>();
   const auto kernel = kernels.backward[kernels.kind(s)];
-  const int64_t items = s.batch * s.heads * d.parts;
+  const int64_t panels = kernels.backward_panels(s), items = s.batch * s.heads * d.parts;
   const int team = int(std::max<int64_t>(std::min<int64_t>(threads, items), 1));
   int failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1) reduction(| : failed)
   for (int64_t item = 0; item < items; ++item) {
-    Real* const memory = scratch<Real>(kernels.scratch(s, true));
+    Real* const memory = scratch<Real>(kernels.backward_scratch(s));
     const int64_t index = item / d.parts, part = item % d.parts;
     if (!memory)
       failed = 1;
     else if (d.parts > 1)
-      kernel(s, d, index, panel_begin(s, part), part, memory);
+      kernel(s, d, index, part, part, memory);
     else
-      for (int64_t c = 0; c < s.value_dim;) c = kernel(s, d, index, c, 0, memory);
+      for (int64_t panel = 0; panel < panels; ++panel) kernel(s, d, index, panel, 0, memory);
   }
   return failed;
 }
@@ -148,8 +134,12 @@ EBB_EXPORT int ebb_use_instruction_set(int wanted) {
   return chosen = std::max(int(BASELINE), std::min(wanted, widest()));
 }
 
-EBB_EXPORT int64_t ebb_panels_f32(const Scan<float>* s) { return count_panels(*s); }
-EBB_EXPORT int64_t ebb_panels_f64(const Scan<double>* s) { return count_panels(*s); }
+EBB_EXPORT int64_t ebb_panels_f32(const Scan<float>* s) {
+  return scan_kernels<float>().backward_panels(*s);
+}
+EBB_EXPORT int64_t ebb_panels_f64(const Scan<double>* s) {
+  return scan_kernels<double>().backward_panels(*s);
+}
 EBB_EXPORT int ebb_scan_forward_f32(const Scan<float>* s, int threads) {
   return forward(*s, threads);
 }
