@@ -11,9 +11,13 @@ from model.layers.channel_mix import (
     RWKV7ChannelMix,
     SwiGLU,
 )
+from model.layers.deltanet import DeltaNet, GatedDeltaNet
+from model.layers.gla import GLA
 from model.layers.layer import Layer
 from model.layers.linear_transformer import LinearTransformer
+from model.layers.mamba2 import Mamba2
 from model.layers.norm import LayerNorm, RMSNorm
+from model.layers.retnet import RetNet
 from model.layers.rwkv5 import RWKV5
 from model.layers.rwkv6 import RWKV6
 from model.layers.rwkv7 import RWKV7
@@ -80,6 +84,46 @@ MIXERS = {
         "additive",
         "S = S + k v^T, normalised, elu + 1",
         "arXiv 2006.16236",
+    ),
+    "retnet": Mixer(
+        RetNet,
+        SwiGLU,
+        TRANSFORMER,
+        "additive",
+        "S = w S + k v^T, one fixed decay a head, rotary positions",
+        "arXiv 2307.08621",
+    ),
+    "gla": Mixer(
+        GLA,
+        SwiGLU,
+        TRANSFORMER,
+        "additive",
+        "S = diag(w) S + k v^T, decay from the data",
+        "arXiv 2312.06635",
+    ),
+    "mamba2": Mixer(
+        Mamba2,
+        None,
+        TRANSFORMER,
+        "additive",
+        "S = w S + k v^T, one decay a head from the data, convolution",
+        "arXiv 2405.21060",
+    ),
+    "deltanet": Mixer(
+        DeltaNet,
+        SwiGLU,
+        TRANSFORMER,
+        "delta",
+        "S = (I - b k k^T) S + b k v^T, convolution",
+        "arXiv 2406.06484",
+    ),
+    "gated_deltanet": Mixer(
+        GatedDeltaNet,
+        SwiGLU,
+        TRANSFORMER,
+        "delta",
+        "S = w (I - b k k^T) S + b k v^T, convolution",
+        "arXiv 2412.06464",
     ),
     "attention": Mixer(
         Attention,

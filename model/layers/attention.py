@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from model.config import MixerOptions, ModelConfig
 from model.layers.layer import Context, Layer
-from model.layers.rotary import rotate
+from model.layers.rotary import document_positions, rotate
 from model.ops.attention import KVCache
 
 SCORES = ("softmax",)
@@ -47,11 +47,11 @@ class AttentionOptions(MixerOptions):
 
 
 class AttentionState(NamedTuple):
-    """The KV cache, which grows with every token, and how many tokens each row has seen."""
+    """The KV cache, which grows with every token, and how far each row is in its document."""
 
     cache: KVCache
     position: Tensor
-    """`[B]` int64."""
+    """`[B]` int64: tokens of the current document so far."""
 
 
 class Attention(Layer):
@@ -89,7 +89,7 @@ class Attention(Layer):
             rearrange(project(x), "b t (h k) -> b t h k", h=self.num_heads)
             for project in (self.query, self.key, self.value)
         )
-        position = state.position[:, None] + torch.arange(x.shape[1], device=x.device)
+        position = document_positions(state.position, x.shape[1], context.reset)
         q, k = rotate(q, position, self.rotary_base), rotate(k, position, self.rotary_base)
         # A single token is the same in every form, and the fused kernel is the fastest of them.
         run = replace(context, form="chunked").run if x.shape[1] == 1 else context.run

@@ -31,22 +31,24 @@ def options_of(mixer):
     kind = MIXERS[mixer].time_mix.Options
     if kind is AttentionOptions:
         return st.builds(kind, score=st.sampled_from(sorted(SCORES)), rotary_base=VALUES[float])
-    return st.builds(kind, **{f.name: VALUES[f.type] for f in dataclasses.fields(kind)})
+    drawn = {f.name: VALUES[f.type] for f in dataclasses.fields(kind) if f.name != "groups"}
+    return st.builds(kind, **drawn)  # any number of heads falls into one group
 
 
 @st.composite
 def configs(draw):
     mixer = draw(st.sampled_from(sorted(MIXERS)))
     head_dim = 2 * draw(st.integers(1, 64))
-    return ModelConfig(
+    config = ModelConfig(
         mixer=mixer,
         vocab_size=draw(POSITIVE),
         d_model=head_dim * draw(st.integers(1, 32)),
         num_layers=draw(st.integers(1, 99)),
         head_dim=head_dim,
-        ffn_dim=draw(st.none() | POSITIVE),
         options=draw(options_of(mixer)),
     )
+    step = MIXERS[mixer].time_mix.width_step(config)
+    return dataclasses.replace(config, ffn_dim=draw(st.none() | POSITIVE.map(lambda n: n * step)))
 
 
 @settings(max_examples=60)
@@ -196,11 +198,13 @@ def test_presets_build(size, mixer):
     """On the meta device: shapes without memory or time."""
     config = preset(size, mixer, vocab_size=257)
     shape = SIZES[size]
-    assert (config.num_layers, config.d_model, config.head_dim) == dataclasses.astuple(shape)
+    layers = shape.num_layers * (1 if MIXERS[mixer].channel_mix else 2)
+    assert dataclasses.astuple(shape) == (shape.num_layers, config.d_model, config.head_dim)
+    assert config.num_layers == layers
     with torch.device("meta"):
         model = LanguageModel(config)
     assert model.head.weight.shape == (257, shape.d_model)
-    assert len(model.blocks) == shape.num_layers
+    assert len(model.blocks) == layers
     assert model.num_parameters() > 2 * 257 * shape.d_model
 
 
