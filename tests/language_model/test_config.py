@@ -12,9 +12,10 @@ from model_helpers import ALL_MIXERS
 from model.config import SIZES, ModelConfig
 from model.language_model import LanguageModel
 from model.layers import MIXERS
-from model.layers.attention import SCORES, AttentionOptions
+from model.layers.attention import AttentionOptions
 from model.layers.rwkv6 import RWKV6Options
 from model.layers.rwkv7 import RWKV7Options
+from model.ops.scores import SCORES
 from model.presets import complete, from_dict, parse_mixer, preset
 
 POSITIVE = st.integers(1, 10**6)
@@ -171,8 +172,8 @@ def test_parse_mixer():
         ("softmax:softmax", "there is no mixer 'softmax:softmax'"),
         ("rwkv7:softmax", "rwkv7:softmax: 'softmax' is no option of this mixer; it takes group_n"),
         ("rwkv7:gate_rank", "'gate_rank' is no option of this mixer"),
-        ("rwkv7:gate_rank=", "has nothing after|gate_rank must be a number, but is ''"),
-        ("rwkv7:gate_rank=many", "gate_rank must be a number, but is 'many'"),
+        ("rwkv7:gate_rank=", "has nothing after|gate_rank must be a whole number, but is ''"),
+        ("rwkv7:gate_rank=many", "gate_rank must be a whole number, but is 'many'"),
         ("rwkv7:gate_rank=0", "gate_rank must be a positive integer, but is 0"),
         ("rwkv7:first_value_residual=1", "first_value_residual must be true or false"),
         ("attention:hard", "attention knows no score 'hard'; choose one of softmax"),
