@@ -88,14 +88,17 @@ def entmax(alpha: float = 1.5) -> Score:
         raise ValueError(f"the alpha of entmax must be above 1 and at most 2, but is {alpha!r}")
 
     def rule(scores: Tensor, visible: Tensor) -> Tensor:
+        # In a row without a largest score there is no threshold to find: it becomes NaN.
+        broken = ~scores.amax(dim=-1, keepdim=True).isfinite()
+        rows = scores.masked_fill(broken, 0.0)
         weights: Tensor
         if alpha == 1.5:  # sorting finds the threshold exactly
-            weights = entmax15(scores, dim=-1)
+            weights = entmax15(rows, dim=-1)
         elif alpha == 2:
-            weights = entmax_sparsemax(scores, dim=-1)
+            weights = entmax_sparsemax(rows, dim=-1)
         else:
-            weights = entmax_bisect(scores, alpha=float(alpha), dim=-1)
-        return weights
+            weights = entmax_bisect(rows, alpha=float(alpha), dim=-1)
+        return weights.masked_fill(broken, torch.nan)
 
     return Score(rule, "arXiv 1905.05702", normalizes=True, hidden=-math.inf)
 

@@ -16,6 +16,7 @@ from helpers import (
 )
 
 from model.ops import FORMS, OPS
+from model.ops.scores import SCORES
 
 RECURRENT_STATE = ("additive", "delta")
 DTYPES = (torch.float64, torch.float32)
@@ -97,6 +98,19 @@ def unscaled(function):
     return lambda **inputs: function(**inputs | {"scale": 1.0})
 
 
+def hidden_tokens_counted(function):
+    def wrapped(*, score, **rest):
+        rule = SCORES[score].rule
+        blind = replace(SCORES[score], rule=lambda s, visible: rule(s, torch.ones_like(visible)))
+        return function(score=blind, **rest)
+
+    return wrapped
+
+
+def softmax_instead(function):
+    return lambda **inputs: function(**inputs | {"score": "softmax"})
+
+
 VALUE_BUGS = {
     "decay_one_step_late": ("channel_decay", late_decay),
     "decay_one_step_late_where_strong": ("mixed", late_decay),
@@ -116,6 +130,9 @@ VALUE_BUGS = {
     "final_state_transposed": ("state", transposed_final_state),
     "final_state_transposed_in_memory": ("state", transposed_memory_of_final_state),
     "initial_state_transposed_in_memory": ("state", transposed_initial_state),
+    "hidden_tokens_counted": ("score_tanh", hidden_tokens_counted),
+    "hidden_tokens_summed": ("score_sigmoid_l1", hidden_tokens_counted),
+    "score_ignored": ("score_softpick", softmax_instead),
     "output_in_another_dtype": ("plain", wrong_dtype),
 }
 NEEDS = {"a": "gradient_of_a_lost", "b": "gradient_of_b_lost"}
