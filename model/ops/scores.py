@@ -32,6 +32,8 @@ class Score:
 
     rule: Rule
     """Of scores whose hidden entries are `hidden`; what it says of those does not count."""
+    equation: str
+    """The weights of a row in one line."""
     source: str | None
     """The paper; None where there is none."""
     normalizes: bool
@@ -73,7 +75,13 @@ def polynomial(order: int = 3) -> Score:
     def rule(scores: Tensor, visible: Tensor) -> Tensor:
         return scores**order * polynomial_factor(order, _length(visible, scores))
 
-    return Score(rule, "arXiv 2410.18613", normalizes=False, exact=order <= 3)
+    return Score(
+        rule,
+        f"s^{order} / sqrt({math.prod(range(1, 2 * order, 2))} t)",
+        "arXiv 2410.18613",
+        normalizes=False,
+        exact=order <= 3,
+    )
 
 
 def entmax(alpha: float = 1.5) -> Score:
@@ -100,7 +108,13 @@ def entmax(alpha: float = 1.5) -> Score:
             weights = entmax_bisect(rows, alpha=float(alpha), dim=-1)
         return weights.masked_fill(broken, torch.nan)
 
-    return Score(rule, "arXiv 1905.05702", normalizes=True, hidden=-math.inf)
+    return Score(
+        rule,
+        f"entmax_{alpha:g}(s): many are exactly 0",
+        "arXiv 1905.05702",
+        normalizes=True,
+        hidden=-math.inf,
+    )
 
 
 def by_rows(function: Callable[[Tensor], Tensor]) -> Score:
@@ -125,7 +139,7 @@ def by_rows(function: Callable[[Tensor], Tensor]) -> Score:
         in_place = torch.cat(weights)[order.argsort()]
         return in_place.view(batch, count, *in_place.shape[1:]).transpose(1, 2)
 
-    return Score(rule, None, normalizes=False)
+    return Score(rule, "a user's function", None, normalizes=False)
 
 
 def _of_visible(function: Callable[[Tensor], Tensor], scores: Tensor, mask: Tensor) -> Tensor:
@@ -198,20 +212,48 @@ def _softpick(scores: Tensor, visible: Tensor) -> Tensor:
 
 
 SCORES = {
-    "softmax": Score(_softmax, "arXiv 1706.03762", normalizes=True, hidden=-math.inf),
-    "square_l1": Score(_over_sum(torch.square, EPS), None, normalizes=True, eps=EPS, exact=True),
-    "relu_l1": Score(_over_sum(torch.relu, EPS), None, normalizes=True, eps=EPS),
-    "sigmoid_l1": Score(_over_sum(torch.sigmoid, EPS), None, normalizes=True, eps=EPS),
-    "softplus_l1": Score(_over_sum(_softplus, EPS), None, normalizes=True, eps=EPS),
-    "tanh": Score(_tanh, None, normalizes=False),
-    "sigmoid": Score(_sigmoid, "arXiv 2409.04431", normalizes=False),
-    "relu": Score(_relu, "arXiv 2309.08586", normalizes=False),
-    "relu_squared": Score(_relu_squared, "arXiv 2309.08586", normalizes=False),
+    "softmax": Score(
+        _softmax, "e^s / sum e^s", "arXiv 1706.03762", normalizes=True, hidden=-math.inf
+    ),
+    "square_l1": Score(
+        _over_sum(torch.square, EPS), "s^2 / sum s^2", None, normalizes=True, eps=EPS, exact=True
+    ),
+    "relu_l1": Score(
+        _over_sum(torch.relu, EPS), "relu(s) / sum relu(s)", None, normalizes=True, eps=EPS
+    ),
+    "sigmoid_l1": Score(
+        _over_sum(torch.sigmoid, EPS), "sigmoid(s) / sum sigmoid(s)", None, normalizes=True, eps=EPS
+    ),
+    "softplus_l1": Score(
+        _over_sum(_softplus, EPS), "softplus(s) / sum softplus(s)", None, normalizes=True, eps=EPS
+    ),
+    "tanh": Score(_tanh, "tanh(s) / sqrt(t)", None, normalizes=False),
+    "sigmoid": Score(_sigmoid, "sigmoid(s - log t)", "arXiv 2409.04431", normalizes=False),
+    "relu": Score(_relu, "relu(s) / t", "arXiv 2309.08586", normalizes=False),
+    "relu_squared": Score(_relu_squared, "relu(s)^2 / t", "arXiv 2309.08586", normalizes=False),
     "polynomial": polynomial(),
-    "taylor": Score(_over_sum(_taylor, 0.0), "arXiv 2402.18668", normalizes=True, exact=True),
+    "taylor": Score(
+        _over_sum(_taylor, 0.0),
+        "(1 + s + s^2/2) / sum",
+        "arXiv 2402.18668",
+        normalizes=True,
+        exact=True,
+    ),
     "entmax": entmax(),
-    "sparsemax": Score(entmax(2).rule, "arXiv 1602.02068", normalizes=True, hidden=-math.inf),
-    "softpick": Score(_softpick, "arXiv 2504.20966", normalizes=False, eps=EPS),
+    "sparsemax": Score(
+        entmax(2).rule,
+        "the nearest point of the simplex to s",
+        "arXiv 1602.02068",
+        normalizes=True,
+        hidden=-math.inf,
+    ),
+    "softpick": Score(
+        _softpick,
+        "relu(e^s - 1) / sum abs(e^s - 1)",
+        "arXiv 2504.20966",
+        normalizes=False,
+        eps=EPS,
+    ),
 }
 """All scores by name, those with a parameter with its default: `polynomial` of order 3, `entmax` of
 alpha 1.5. `_l1` stands for "over the sum of the row"."""
