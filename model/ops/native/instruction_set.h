@@ -5,6 +5,12 @@ namespace EBB_NAMESPACE {
 #include "simd.h"
 #include "scan_forward.h"
 #include "scan_backward.h"
+#include "elementary.h"
+#include "rows_shift.h"
+#include "rows_rwkv7.h"
+#include "rows_norm.h"
+#include "rows_activation.h"
+#include "rows_table.h"
 
 }  // namespace EBB_NAMESPACE
 #undef EBB_INLINE

@@ -3,9 +3,11 @@
 // The kernels are compiled once for each instruction set; the widest one that the machine has is
 // taken when the library is loaded. They hold no OpenMP: the parallel region calls them.
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 
+#include "rows.h"
 #include "scan.h"
 
 template <class Real>
@@ -115,6 +117,32 @@ int backward(const Scan<Real>& s, const ScanGradient<Real>& d, int threads) {
   return failed;
 }
 
+template <class Real>
+const RowKernel<Real>* row_kernels() {
+#if defined(__x86_64__)
+  if (chosen == AVX512) return avx512::ROW_KERNEL_TABLE<Real>;
+  if (chosen == AVX2) return avx2::ROW_KERNEL_TABLE<Real>;
+#endif
+  return baseline::ROW_KERNEL_TABLE<Real>;
+}
+
+// Numbers in a tensor from which on a second thread is worth waking.
+constexpr int64_t ENOUGH_FOR_THREADS = 16384;
+
+template <class Real>
+void run_rows(const Rows<Real>& s, int kernel, int threads) {
+  const RowKernel<Real> run = row_kernels<Real>()[kernel];
+  const int64_t rows = s.rows(), blocks = (rows + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK;
+  const bool is_large = rows * s.width() >= ENOUGH_FOR_THREADS;
+  const int team = is_large ? int(std::max<int64_t>(std::min<int64_t>(threads, blocks), 1)) : 1;
+#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
+  for (int64_t block = 0; block < blocks; ++block) {
+    Real* const sums = s.sums ? s.sums + block * s.sums_width : nullptr;
+    if (sums) std::fill_n(sums, s.sums_width, Real(0));
+    run(s, block * ROWS_PER_BLOCK, std::min(rows, (block + 1) * ROWS_PER_BLOCK), sums);
+  }
+}
+
 }  // namespace
 
 // The module is never imported, only loaded; setuptools builds extensions of Python alone.
@@ -153,5 +181,12 @@ EBB_EXPORT int ebb_scan_backward_f32(const Scan<float>* s, const ScanGradient<fl
 EBB_EXPORT int ebb_scan_backward_f64(const Scan<double>* s, const ScanGradient<double>* d,
                                      int threads) {
   return backward(*s, *d, threads);
+}
+EBB_EXPORT int64_t ebb_rows_per_block() { return ROWS_PER_BLOCK; }
+EBB_EXPORT void ebb_rows_f32(const Rows<float>* s, int kernel, int threads) {
+  run_rows(*s, kernel, threads);
+}
+EBB_EXPORT void ebb_rows_f64(const Rows<double>* s, int kernel, int threads) {
+  run_rows(*s, kernel, threads);
 }
 }

@@ -30,6 +30,10 @@ class Library:
         suffix = {torch.float32: "f32", torch.float64: "f64"}[dtype]
         return getattr(self._library, f"ebb_{name}_{suffix}")  # type: ignore[no-any-return]
 
+    def rows_per_block(self) -> int:
+        """Rows over which a row kernel sums the gradients of parameters before they are joined."""
+        return int(self._library.ebb_rows_per_block())
+
     def instruction_set(self) -> str:
         """The one in use: the widest that the machine has, unless another was chosen."""
         return INSTRUCTION_SETS[self._library.ebb_instruction_set()]

@@ -1,0 +1,189 @@
+"""Kernels over rows of `[B, T, D]`, native: one operator of PyTorch for all, with its gradient.
+
+`rows.h` says what they work on. Shape legend: B batch, T time, H heads, K key dim, D = H K, M tensors
+at once.
+"""
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.ops.native.library import library, pointer
+
+PARAMETERS: dict[str, tuple[int, ...]] = {
+    "shift": (2,),
+    "rwkv7": (3, 4, 5, 6, 10),
+    "head_norm": (2, 3, 7),
+    "squared_relu": (),
+    "swiglu": (),
+}
+"""The kernels in the order of rows.h, and which of their inputs are the same for all rows."""
+
+MOST_INPUTS, MOST_OUTPUTS = 12, 8
+
+
+def num_outputs(kernel: str, tensors: Sequence[Tensor]) -> int:
+    """How many tensors `[B, T, D]` a kernel makes of these."""
+    if kernel == "shift":
+        return tensors[2].shape[0]
+    if kernel == "rwkv7":
+        return 4 if len(tensors) == 7 else 5
+    return 1
+
+
+class _Rows(ctypes.Structure):
+    """`Rows` of rows.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "time", "heads", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("num_inputs", "num_cotangents", "num_outputs")),
+        ("sums_width", ctypes.c_int64),
+        ("choice", ctypes.c_int64),
+        ("eps", ctypes.c_double),
+        ("reset", ctypes.c_void_p),
+        ("inputs", ctypes.c_void_p * MOST_INPUTS),
+        ("cotangents", ctypes.c_void_p * MOST_OUTPUTS),
+        ("outputs", ctypes.c_void_p * MOST_OUTPUTS),
+        ("sums", ctypes.c_void_p),
+    )
+
+
+def _run(
+    kernel: str,
+    tensors: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    out: Sequence[Tensor],
+    sums: Tensor | None,
+    reset: Tensor | None,
+    heads: int,
+    eps: float,
+    choice: int,
+) -> None:
+    tensors = [x.contiguous() for x in tensors]  # alive until the kernel has run
+    cotangents = [x.contiguous() for x in cotangents]
+    starts = None if reset is None else reset.contiguous()
+    batch, time, width = tensors[0].shape
+    arguments = _Rows(
+        *(batch, time, heads, width // heads),
+        *(len(tensors), len(cotangents), len(out), 0 if sums is None else sums.shape[1]),
+        choice,
+        eps,
+        pointer(starts),
+        (ctypes.c_void_p * MOST_INPUTS)(*map(pointer, tensors)),
+        (ctypes.c_void_p * MOST_OUTPUTS)(*map(pointer, cotangents)),
+        (ctypes.c_void_p * MOST_OUTPUTS)(*map(pointer, out)),
+        pointer(sums),
+    )
+    index = 2 * list(PARAMETERS).index(kernel) + bool(cotangents)
+    run = library().function("rows", tensors[0].dtype)
+    run(ctypes.byref(arguments), index, torch.get_num_threads())
+
+
+def rows_now(
+    kernel: str,
+    tensors: Sequence[Tensor],
+    reset: Tensor | None,
+    heads: int,
+    eps: float,
+    choice: int,
+) -> list[Tensor]:
+    """Runs the forward pass at once, unseen by autograd and by compilers.
+
+    Args:
+        kernel: a row of `PARAMETERS`.
+        tensors: what the kernel takes, all of one dtype, the first of them `[B, T, D]`.
+        reset: `[B, T]` bool.
+        heads: H.
+        eps: of a norm.
+        choice: of a variant, where the kernel has one.
+
+    Returns:
+        Tensors `[B, T, D]`.
+    """
+    out = _like(kernel, tensors, reset, heads, eps, choice)
+    _run(kernel, tensors, (), out, None, reset, heads, eps, choice)
+    return out
+
+
+def _like(
+    kernel: str,
+    tensors: Sequence[Tensor],
+    reset: Tensor | None,
+    heads: int,
+    eps: float,
+    choice: int,
+) -> list[Tensor]:
+    shape = tensors[0].shape
+    return [tensors[0].new_empty(shape) for _ in range(num_outputs(kernel, tensors))]
+
+
+rows = torch.library.custom_op("ebb::rows", rows_now, mutates_args=())
+rows.register_fake(_like)
+
+
+@torch.library.custom_op("ebb::rows_backward", mutates_args=())
+def rows_backward(
+    kernel: str,
+    tensors: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    reset: Tensor | None,
+    heads: int,
+    eps: float,
+    choice: int,
+) -> list[Tensor]:
+    """Gradients of the tensors that are not parameters, and, last, of all parameters, flat."""
+    *out, sums = _gradients_like(kernel, tensors, cotangents, reset, heads, eps, choice)
+    if sums.numel() == 0:
+        _run(kernel, tensors, cotangents, out, None, reset, heads, eps, choice)
+        return [*out, sums]
+    blocks = -(-math.prod(tensors[0].shape[:2]) // library().rows_per_block())
+    partial = sums.new_empty(blocks, sums.numel())
+    _run(kernel, tensors, cotangents, out, partial, reset, heads, eps, choice)
+    return [*out, partial.sum(0)]
+
+
+@rows_backward.register_fake
+def _gradients_like(
+    kernel: str,
+    tensors: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    reset: Tensor | None,
+    heads: int,
+    eps: float,
+    choice: int,
+) -> list[Tensor]:
+    parameters = PARAMETERS[kernel]
+    out = [x.new_empty(x.shape) for i, x in enumerate(tensors) if i not in parameters]
+    size = sum(x.numel() for i, x in enumerate(tensors) if i in parameters)
+    return [*out, tensors[0].new_empty(size)]
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.kernel, tensors, reset, *ctx.settings = inputs
+    ctx.save_for_backward(*tensors, *(() if reset is None else (reset,)))
+    ctx.count = len(tensors)
+
+
+def _backward(ctx: Any, cotangents: list[Tensor]) -> tuple[Any, ...]:
+    tensors, (reset, *_) = ctx.saved_tensors[: ctx.count], (*ctx.saved_tensors[ctx.count :], None)
+    *out, sums = rows_backward(ctx.kernel, tensors, cotangents, reset, *ctx.settings)
+    gradients, begin = [], 0
+    for index, tensor in enumerate(tensors):
+        if index in PARAMETERS[ctx.kernel]:
+            gradients.append(sums[begin : begin + tensor.numel()].view(tensor.shape))
+            begin += tensor.numel()
+        else:
+            gradients.append(out.pop(0))
+    return (None, gradients, None, None, None, None)
+
+
+def _refuse(ctx: Any, *gradients: Any) -> None:
+    raise NotImplementedError("the native kernels have no second derivative")
+
+
+rows.register_autograd(_backward, setup_context=_keep_for_backward)
+rows_backward.register_autograd(_refuse)
