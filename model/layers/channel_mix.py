@@ -3,13 +3,13 @@
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.layers.initializers import depth, orthogonal_, ramps
 from model.layers.layer import Context, Layer
-from model.layers.token_shift import token_shift
+from model.layers.token_shift import interpolations
+from model.ops import fused
 from model.state import NoState
 
 
@@ -41,7 +41,7 @@ class SwiGLU(Layer):
 
     def forward(self, x: Tensor, state: NoState, context: Context) -> tuple[Tensor, NoState]:
         """`[B, T, D]` -> `[B, T, D]`."""
-        return self.down(F.silu(self.gate(x)) * self.up(x)), state
+        return self.down(fused.swiglu(self.gate(x), self.up(x))), state
 
 
 class ShiftedChannelMix(Layer):
@@ -68,8 +68,7 @@ class ShiftedChannelMix(Layer):
 
     def squared_relu(self, x_key: Tensor) -> Tensor:
         """`W_v relu(W_k x_k)^2`."""
-        hidden = F.relu(self.key(x_key))
-        y: Tensor = self.value(hidden * hidden)  # square() goes through pow, which is slower
+        y: Tensor = self.value(fused.squared_relu(self.key(x_key)))
         return y
 
 
@@ -86,15 +85,16 @@ class RWKV4ChannelMix(ShiftedChannelMix):
         self.mix_receptance = nn.Parameter(torch.zeros(config.d_model))
         self.receptance = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def interpolate(self, x: Tensor, previous: Tensor, mix: Tensor) -> Tensor:
-        """Between the token before and the token itself, `mix` being the token's own part."""
-        return torch.lerp(previous, x, mix)
+    def shift_parts(self) -> Tensor:
+        """`[2, D]`, of receptance and key: the part of the token before."""
+        return 1.0 - torch.stack([self.mix_receptance, self.mix_key])
 
     def forward(self, x: Tensor, state: ShiftState, context: Context) -> tuple[Tensor, ShiftState]:
         """`[B, T, D]` -> `[B, T, D]`."""
-        previous, last = token_shift(x, state.shift, context.reset)
-        receptance = self.receptance(self.interpolate(x, previous, self.mix_receptance))
-        hidden = self.squared_relu(self.interpolate(x, previous, self.mix_key))
+        (x_receptance, x_key), last = interpolations(
+            x, state.shift, self.shift_parts(), context.reset
+        )
+        receptance, hidden = self.receptance(x_receptance), self.squared_relu(x_key)
         return torch.sigmoid(receptance) * hidden, ShiftState(last)
 
     def initialize(self, layer: int, num_layers: int) -> None:
@@ -118,9 +118,9 @@ class RWKV5ChannelMix(RWKV4ChannelMix):
 class RWKV6ChannelMix(RWKV5ChannelMix):
     """As in RWKV-5, but with `x_* = x + (x_prev - x) mix` (arXiv 2404.05892, section 4.3)."""
 
-    def interpolate(self, x: Tensor, previous: Tensor, mix: Tensor) -> Tensor:
-        """Between the token itself and the one before, `mix` being the latter's part."""
-        return torch.lerp(x, previous, mix)
+    def shift_parts(self) -> Tensor:
+        """`[2, D]`, of receptance and key: the part of the token before."""
+        return torch.stack([self.mix_receptance, self.mix_key])
 
     def initialize(self, layer: int, num_layers: int) -> None:
         """RWKV-LM, RWKV-v5/src/model.py, `RWKV_CMix_x060` and `generate_init_weight`."""
@@ -134,8 +134,8 @@ class RWKV7ChannelMix(ShiftedChannelMix):
 
     def forward(self, x: Tensor, state: ShiftState, context: Context) -> tuple[Tensor, ShiftState]:
         """`[B, T, D]` -> `[B, T, D]`."""
-        previous, last = token_shift(x, state.shift, context.reset)
-        return self.squared_relu(torch.lerp(x, previous, self.mix_key)), ShiftState(last)
+        (x_key,), last = interpolations(x, state.shift, self.mix_key[None], context.reset)
+        return self.squared_relu(x_key), ShiftState(last)
 
     def initialize(self, layer: int, num_layers: int) -> None:
         """RWKV-LM, RWKV-v7/train_temp/src/model.py, `RWKV_CMix_x070.__init__`."""

@@ -29,11 +29,15 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """`activation(x down) up`, for those who add the bias themselves."""
         hidden = x @ self.down
         if self.activation is not None:
             hidden = self.activation(hidden)
-        y = hidden @ self.up
-        return y if self.bias is None else y + self.bias
+        return hidden @ self.up
 
     def set_bias(self, values: Tensor) -> None:
         """Starts the bias `[out]` at these values."""

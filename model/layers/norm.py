@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.ops import fused
+
 
 class LayerNorm(nn.LayerNorm):
     """LayerNorm with RWKV's eps, 1e-5."""
@@ -32,6 +34,14 @@ class HeadNorm(nn.Module):
         """`[B, T, H, V]` -> `[B, T, H V]`."""
         normalised = F.layer_norm(x, x.shape[-1:], eps=self.eps)
         return torch.addcmul(self.bias, normalised.flatten(-2), self.weight)
+
+    def gated(
+        self, x: Tensor, gate: Tensor, *, own: fused.OwnValue | None = None, silu: bool = False
+    ) -> Tensor:
+        """`(norm(x) + own value) gate`, or by `silu(gate)`; `elementwise.gated_head_norm`."""
+        return fused.gated_head_norm(
+            x, gate, self.weight, self.bias, self.eps, own=own, silu=silu
+        )
 
 
 class HeadRMSNorm(nn.Module):

@@ -1,0 +1,137 @@
+"""The functions of `model.ops.elementwise`, each one pass through memory where the kernels are there.
+
+The native kernels take tensors on the CPU, all of them float32 or all float64; for all else, and
+where nothing was compiled, the definitions run. Shape legend: B batch, T time, H heads, K key dim,
+D = H K width, M tensors at once.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model.ops import elementwise, native
+from model.ops.elementwise import SMALLEST_NORM, OwnValue, RWKV7Inputs
+from model.ops.native.rows import rows, rows_now
+
+__all__ = [
+    "OwnValue",
+    "RWKV7Inputs",
+    "gated_head_norm",
+    "interpolations",
+    "rwkv7_inputs",
+    "squared_relu",
+    "swiglu",
+]
+
+
+@torch.compiler.assume_constant_result
+def _kernels_are_there() -> bool:
+    return native.is_available()
+
+
+def _is_native(tensors: Sequence[Tensor]) -> bool:
+    dtype = tensors[0].dtype
+    return (
+        dtype in (torch.float32, torch.float64)
+        and all(x.dtype == dtype and x.device.type == "cpu" for x in tensors)
+        and tensors[0].numel() > 0
+        and _kernels_are_there()
+    )
+
+
+def _run(
+    kernel: str,
+    tensors: Sequence[Tensor],
+    reset: Tensor | None = None,
+    heads: int = 1,
+    eps: float = 0.0,
+    choice: int = 0,
+) -> list[Tensor]:
+    """The operator, or its forward pass alone where nothing will ask for more."""
+    is_plain = not torch.compiler.is_compiling() and all(
+        type(x) in (Tensor, torch.nn.Parameter) for x in tensors
+    )
+    if is_plain and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return rows_now(kernel, tensors, reset, heads, eps, choice)
+    found: list[Tensor] = rows(kernel, tensors, reset, heads, eps, choice)
+    return found
+
+
+def interpolations(x: Tensor, last: Tensor, mix: Tensor, reset: Tensor | None) -> list[Tensor]:
+    """Token shift: `x + (x_prev - x) mix_m` for every m; `elementwise.interpolations`."""
+    last = last.to(x.dtype)
+    if not _is_native((x, last, mix)):
+        return elementwise.interpolations(x, last, mix, reset)
+    return _run("shift", (x, last, mix), reset)
+
+
+def rwkv7_inputs(
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    iclr: Tensor,
+    *,
+    decay_bias: Tensor,
+    iclr_bias: Tensor,
+    removal_scale: Tensor,
+    iclr_scale: Tensor,
+    v_first: Tensor | None = None,
+    amount: Tensor | None = None,
+    amount_bias: Tensor | None = None,
+    num_heads: int,
+) -> RWKV7Inputs:
+    """From the projections of RWKV-7 to its recurrence; `elementwise.rwkv7_inputs`."""
+    tensors = [key, decay, iclr, decay_bias, iclr_bias, removal_scale, iclr_scale]
+    if v_first is not None:
+        assert amount is not None and amount_bias is not None
+        tensors += [value, v_first, amount, amount_bias]
+    if not _is_native(tensors):
+        return elementwise.rwkv7_inputs(
+            key,
+            value,
+            decay,
+            iclr,
+            decay_bias=decay_bias,
+            iclr_bias=iclr_bias,
+            removal_scale=removal_scale,
+            iclr_scale=iclr_scale,
+            v_first=v_first,
+            amount=amount,
+            amount_bias=amount_bias,
+            num_heads=num_heads,
+        )
+    log_decay, key, a, b, *rest = _run("rwkv7", tensors, None, num_heads, SMALLEST_NORM)
+    return RWKV7Inputs(log_decay, key, a, b, rest[0] if rest else value)
+
+
+def gated_head_norm(
+    o: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    own: OwnValue | None = None,
+    silu: bool = False,
+) -> Tensor:
+    """GroupNorm with one group a head, times a gate; `elementwise.gated_head_norm`."""
+    tensors = [o, gate, weight, bias, *(own or ())]
+    if not _is_native(tensors):
+        return elementwise.gated_head_norm(o, gate, weight, bias, eps, own=own, silu=silu)
+    flat = [o.flatten(-2), gate, weight, bias, *(x.flatten(-2) for x in own or ())]
+    return _run("head_norm", flat, None, o.shape[2], eps, int(silu))[0]
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """`relu(x)^2` for `[B, T, D]`; `elementwise.squared_relu`."""
+    if not _is_native((x,)):
+        return elementwise.squared_relu(x)
+    return _run("squared_relu", (x,))[0]
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) up` for `[B, T, D]`; `elementwise.swiglu`."""
+    if not _is_native((gate, up)):
+        return elementwise.swiglu(gate, up)
+    return _run("swiglu", (gate, up))[0]
