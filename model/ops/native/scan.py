@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.ops.native.library import library, pointer
 
-CHUNK = 16
+CHUNK = 32
 """Tokens between two states that the forward pass keeps for the backward pass."""
 
 
