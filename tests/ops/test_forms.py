@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import CASES, Case, assert_close, check_form, make_inputs, run, variants
+from helpers import CASES, DECAYS, Case, assert_close, check_form, make_inputs, run, variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,8 +23,6 @@ LONG_CASES = (
     "bonus_infinite_reset",
     "normalize_mixed",
 )
-RESOLVED_DECAYS = ("zero", "weak", "infinite", "wiped", "beyond")
-"""Those that no draw makes so strong that float64 cannot resolve 1e-9 of their gradient."""
 UNIT_CHUNKS_UNTIL = 17
 RECURRENT_AGAIN_UNTIL = 65
 
@@ -68,7 +66,7 @@ def cases(draw, op):
     There is always something to decay: where a gradient is all zeros, nothing is relative to it.
     """
     normalize, reset = draw(st.booleans()), draw(st.booleans())
-    decay = draw(st.sampled_from((None, *RESOLVED_DECAYS)))
+    decay = draw(st.sampled_from((None, *DECAYS)))
     case = Case(
         decay=decay,
         per_channel=draw(st.booleans()),
