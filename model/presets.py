@@ -57,6 +57,9 @@ def complete(config: ModelConfig) -> ModelConfig:
 def preset(size: str, mixer: str, vocab_size: int, *, ffn_dim: int | None = None) -> ModelConfig:
     """A shape by name, for a mixer as the command line names it.
 
+    A block without a channel mix is half a layer: there are twice as many (as Mamba counts them,
+    arXiv 2312.00752, section 3.4).
+
     Raises:
         ValueError: for an unknown size or mixer.
     """
@@ -64,6 +67,8 @@ def preset(size: str, mixer: str, vocab_size: int, *, ffn_dim: int | None = None
         raise ValueError(f"there is no size {size!r}; choose one of {', '.join(SIZES)}")
     row, options = parse_mixer(mixer)
     shape = dataclasses.asdict(SIZES[size])
+    if MIXERS[row].channel_mix is None:
+        shape["num_layers"] *= 2
     return complete(
         ModelConfig(mixer=row, vocab_size=vocab_size, ffn_dim=ffn_dim, options=options, **shape)
     )

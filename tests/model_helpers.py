@@ -1,5 +1,6 @@
 """What the tests of the network share: random models, one run with all its gradients, closeness."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
@@ -9,7 +10,6 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.language_model import LanguageModel
 from model.layers import MIXERS
-from model.layers.rwkv import RWKVOptions
 from model.state import ModelState, tensors
 
 ALL_MIXERS = sorted(MIXERS)
@@ -34,7 +34,8 @@ def small_config(mixer: str, *, calm: bool = False, **changes: object) -> ModelC
     chance near zero multiplies float32's rounding errors by 100, in all forms alike.
     """
     options = MIXERS[mixer].time_mix.Options
-    norm = {"group_norm_eps": 0.1} if calm and issubclass(options, RWKVOptions) else {}
+    names = [f.name for f in dataclasses.fields(options) if f.name.endswith("norm_eps")]
+    norm = dict.fromkeys(names, 0.1) if calm else {}
     settings = {
         "mixer": mixer,
         "vocab_size": VOCAB,

@@ -1,11 +1,13 @@
 """Equal parameters for different mixers, by the width of the channel mix."""
 
 import dataclasses
+import math
 
 import torch
 
 from model.config import ModelConfig
 from model.language_model import LanguageModel
+from model.layers import MIXERS
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -18,14 +20,17 @@ def matched(config: ModelConfig, parameters: int) -> ModelConfig:
     """The shape with the FFN width that brings it nearest to a number of parameters.
 
     The count grows linearly with the width, so two counts fix the line. The width is a multiple of
-    8, which matrix products like; that moves the count by well under 1 %.
+    8, which matrix products like, or of what the mixer asks for; that moves the count by less than
+    1 %.
 
     Raises:
         ValueError: if the rest of the model alone is larger.
     """
-    one, two = (num_parameters(dataclasses.replace(config, ffn_dim=width)) for width in (1, 2))
-    width = 8 * round((1 + (parameters - one) / (two - one)) / 8)
-    if width < 8:
+    least = MIXERS[config.mixer].time_mix.width_step(config)
+    one, two = (num_parameters(dataclasses.replace(config, ffn_dim=n * least)) for n in (1, 2))
+    step = math.lcm(8, least)
+    width = step * round(least * (1 + (parameters - one) / (two - one)) / step)
+    if width < step:
         raise ValueError(
             f"{config.mixer} has {one:,} parameters without its channel mix, more than the "
             f"{parameters:,} that it is to be matched with: choose a larger --size"

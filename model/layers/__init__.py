@@ -6,14 +6,20 @@ from torch import nn
 
 from model.layers.attention import Attention
 from model.layers.channel_mix import (
+    RWKV4ChannelMix,
     RWKV5ChannelMix,
     RWKV6ChannelMix,
     RWKV7ChannelMix,
     SwiGLU,
 )
+from model.layers.deltanet import DeltaNet, GatedDeltaNet
+from model.layers.gla import GLA
 from model.layers.layer import Layer
 from model.layers.linear_transformer import LinearTransformer
+from model.layers.mamba2 import Mamba2
 from model.layers.norm import LayerNorm, RMSNorm
+from model.layers.retnet import RetNet
+from model.layers.rwkv4 import RWKV4
 from model.layers.rwkv5 import RWKV5
 from model.layers.rwkv6 import RWKV6
 from model.layers.rwkv7 import RWKV7
@@ -49,6 +55,14 @@ class Mixer(NamedTuple):
 
 
 MIXERS = {
+    "rwkv4": Mixer(
+        RWKV4,
+        RWKV4ChannelMix,
+        RWKV,
+        "wkv4",
+        "mean of v with weights exp(k) that decay, a channel",
+        "arXiv 2305.13048",
+    ),
     "rwkv5": Mixer(
         RWKV5,
         RWKV5ChannelMix,
@@ -81,12 +95,52 @@ MIXERS = {
         "S = S + k v^T, normalised, elu + 1",
         "arXiv 2006.16236",
     ),
+    "retnet": Mixer(
+        RetNet,
+        SwiGLU,
+        TRANSFORMER,
+        "additive",
+        "S = w S + k v^T, one fixed decay a head, rotary positions",
+        "arXiv 2307.08621",
+    ),
+    "gla": Mixer(
+        GLA,
+        SwiGLU,
+        TRANSFORMER,
+        "additive",
+        "S = diag(w) S + k v^T, decay from the data",
+        "arXiv 2312.06635",
+    ),
+    "mamba2": Mixer(
+        Mamba2,
+        None,
+        TRANSFORMER,
+        "additive",
+        "S = w S + k v^T, one decay a head from the data, convolution",
+        "arXiv 2405.21060",
+    ),
+    "deltanet": Mixer(
+        DeltaNet,
+        SwiGLU,
+        TRANSFORMER,
+        "delta",
+        "S = (I - b k k^T) S + b k v^T, convolution",
+        "arXiv 2406.06484",
+    ),
+    "gated_deltanet": Mixer(
+        GatedDeltaNet,
+        SwiGLU,
+        TRANSFORMER,
+        "delta",
+        "S = w (I - b k k^T) S + b k v^T, convolution",
+        "arXiv 2412.06464",
+    ),
     "attention": Mixer(
         Attention,
         SwiGLU,
         TRANSFORMER,
         "attention",
-        "a score of all tokens so far, rotary positions",
+        "weights of all tokens so far from their scores (below), rotary positions",
         "arXiv 1706.03762",
     ),
 }

@@ -21,3 +21,8 @@ def ramps(width: int) -> tuple[Tensor, Tensor]:
     """`channel / D` and `channel / (D - 1)`, each `[D]`: the two ramps of RWKV's values."""
     channel = torch.arange(width)
     return channel / width, channel / max(width - 1, 1)
+
+
+def inverse_softplus(x: Tensor) -> Tensor:
+    """Y with `softplus(y) = x`, x > 0."""
+    return x + torch.log(-torch.expm1(-x))

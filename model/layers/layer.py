@@ -52,6 +52,11 @@ class Layer(nn.Module):
             ValueError: naming the setting.
         """
 
+    @classmethod
+    def width_step(cls, config: ModelConfig) -> int:
+        """What `ffn_dim` must be a multiple of."""
+        return 1
+
     def initial_state(self, batch_size: int) -> Any:
         """A NamedTuple of tensors `[B, ...]`: the state before the first token."""
         raise NotImplementedError

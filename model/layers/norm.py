@@ -32,3 +32,16 @@ class HeadNorm(nn.Module):
         """`[B, T, H, V]` -> `[B, T, H V]`."""
         normalised = F.layer_norm(x, x.shape[-1:], eps=self.eps)
         return torch.addcmul(self.bias, normalised.flatten(-2), self.weight)
+
+
+class HeadRMSNorm(nn.Module):
+    """RMSNorm over each head, its weights shared: `[B, T, H, V]` -> `[B, T, H V]`."""
+
+    def __init__(self, value_dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(value_dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, T, H, V]` -> `[B, T, H V]`."""
+        return F.rms_norm(x, x.shape[-1:], self.weight, eps=self.eps).flatten(-2)

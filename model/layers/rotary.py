@@ -1,4 +1,4 @@
-"""Rotary positions (RoFormer, arXiv 2104.09864)."""
+"""Rotary positions (RoFormer, arXiv 2104.09864), counted from the start of a document."""
 
 import torch
 from torch import Tensor
@@ -21,3 +21,22 @@ def rotate(x: Tensor, position: Tensor, base: float) -> Tensor:
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def document_positions(before: Tensor, time: int, reset: Tensor | None) -> Tensor:
+    """How many tokens of its own document stand before each token.
+
+    Args:
+        before: `[B]` int64, tokens of the current document that were seen before this sequence.
+        time: T.
+        reset: `[B, T]` bool or None; True where a token starts a document.
+
+    Returns:
+        `[B, T]` int64.
+    """
+    place = torch.arange(time, device=before.device)
+    position = before[:, None] + place
+    if reset is None:
+        return position
+    started = torch.where(reset, place, -1).cummax(dim=1).values
+    return torch.where(started < 0, position, place - started)

@@ -23,16 +23,26 @@ LONG_CASES = (
     "bonus_infinite_reset",
     "normalize_mixed",
 )
+SCORE_TIMES = {1: 2, 17: 2, 63: 1}
+"""Of the cases with another score than softmax."""
 UNIT_CHUNKS_UNTIL = 17
 RECURRENT_AGAIN_UNTIL = 65
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
+
+def times(name, case):
+    """The lengths of a case, and how many heads they have."""
+    if case.score is not None:
+        return SCORE_TIMES
+    return TIMES | LONG_TIMES if name in LONG_CASES else TIMES
+
+
 ROWS = [
     pytest.param(op, replace(case, time=time, heads=heads), id=f"{op}-{name}-{time}")
     for op in OPS
     for name, case in CASES.items()
-    for time, heads in (TIMES | LONG_TIMES if name in LONG_CASES else TIMES).items()
+    for time, heads in times(name, case).items()
     if case.applies_to(op)
 ]
 
