@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops import additive, delta
+from model.ops import wkv4 as wkv4_forms
 from model.ops.decay import state_dtype
 from model.ops.native.library import is_available, library, status
 from model.ops.native.scan import scan, scan_now
+from model.ops.native.wkv4 import wkv4, wkv4_now
+from model.ops.wkv4 import WKV4State
 
-__all__ = ["is_available", "library", "native_additive", "native_delta", "status"]
+__all__ = ["is_available", "library", "native_additive", "native_delta", "native_wkv4", "status"]
 
 
 def native_additive(
@@ -64,6 +67,38 @@ def native_delta(
     return o.to(v.dtype), state
 
 
+def native_wkv4(
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor,
+    bonus: Tensor,
+    reset: Tensor | None = None,
+    initial_state: WKV4State | None = None,
+) -> tuple[Tensor, WKV4State]:
+    """`recurrent_wkv4`, compiled: token by token, a few channels at a time, in float64.
+
+    Arguments, results and errors as `recurrent_wkv4`; there is no second derivative.
+    """
+    dtype, output_dtype = state_dtype(k, v), v.dtype
+    k, v, decay, bonus, state = wkv4_forms.prepare(k, v, log_decay, bonus, reset, initial_state)
+    tensors = [k, v.double(), decay, bonus, reset, *(x.double() for x in state)]
+    keep, is_plain = _needs(tensors)
+    run = wkv4_now if is_plain else wkv4
+    o, *final, _ = run(*tensors, keep)
+    return o.to(output_dtype), WKV4State(*(x.to(dtype) for x in final))
+
+
+def _needs(tensors: list[Tensor | None]) -> tuple[bool, bool]:
+    """Whether a backward pass may follow; and whether, as none may and nothing is traced, the
+    kernel can be called without PyTorch's dispatcher, which costs more than a short sequence.
+    """
+    given = [x for x in tensors if x is not None]
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    is_plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in given)
+    return keep, is_plain and not keep and not torch.compiler.is_compiling()
+
+
 def _scan(
     dtype: torch.dtype,
     q: Tensor,
@@ -87,9 +122,6 @@ def _scan(
         None if x is None else x.to(dtype) for x in (q, k, v, a, b, decay, bonus, initial_state)
     ]
     tensors.insert(-1, reset)
-    given = [x for x in tensors if x is not None]
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    is_plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in given)
-    run = scan_now if is_plain and not keep and not torch.compiler.is_compiling() else scan
-    o, state, _, _ = run(*tensors, scale, keep)
+    keep, is_plain = _needs(tensors)
+    o, state, _, _ = (scan_now if is_plain else scan)(*tensors, scale, keep)
     return o, state

@@ -5,6 +5,7 @@ namespace EBB_NAMESPACE {
 #include "simd.h"
 #include "scan_forward.h"
 #include "scan_backward.h"
+#include "wkv4_kernels.h"
 
 }  // namespace EBB_NAMESPACE
 #undef EBB_INLINE
