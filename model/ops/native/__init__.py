@@ -4,16 +4,17 @@ They are compiled when the package is installed, where there is a C++ compiler. 
 PyTorch forms run; `status()` says which it is.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops import additive, delta
-from model.ops import wkv4 as wkv4_forms
+from model.ops import additive, delta, wkv4
 from model.ops.decay import state_dtype
 from model.ops.native.library import is_available, library, status
-from model.ops.native.scan import scan, scan_now
-from model.ops.native.wkv4 import wkv4, wkv4_now
+from model.ops.native.scan import scan_now, scan_op
+from model.ops.native.wkv4 import wkv4_now, wkv4_op
 from model.ops.wkv4 import WKV4State
 
 __all__ = ["is_available", "library", "native_additive", "native_delta", "native_wkv4", "status"]
@@ -39,9 +40,7 @@ def native_additive(
     additive.check_arguments(q, k, v, log_decay, bonus, normalize, reset, initial_state)
     dtype = state_dtype(q, k, v)
     values = F.pad(v.to(dtype), (0, 1), value=1.0) if normalize else v
-    o, state = _scan(
-        dtype, q, k, values, None, None, log_decay, bonus, reset, initial_state, scale
-    )
+    o, state = _scan(dtype, q, k, values, None, None, log_decay, bonus, reset, initial_state, scale)
     return additive.divided(o, normalize, eps).to(v.dtype), state
 
 
@@ -81,17 +80,19 @@ def native_wkv4(
     Arguments, results and errors as `recurrent_wkv4`; there is no second derivative.
     """
     dtype, output_dtype = state_dtype(k, v), v.dtype
-    k, v, decay, bonus, state = wkv4_forms.prepare(k, v, log_decay, bonus, reset, initial_state)
+    k, v, decay, bonus, state = wkv4.prepare(k, v, log_decay, bonus, reset, initial_state)
     tensors = [k, v.double(), decay, bonus, reset, *(x.double() for x in state)]
     keep, is_plain = _needs(tensors)
-    run = wkv4_now if is_plain else wkv4
+    run: Any = wkv4_now if is_plain else wkv4_op
     o, *final, _ = run(*tensors, keep)
     return o.to(output_dtype), WKV4State(*(x.to(dtype) for x in final))
 
 
 def _needs(tensors: list[Tensor | None]) -> tuple[bool, bool]:
-    """Whether a backward pass may follow; and whether, as none may and nothing is traced, the
-    kernel can be called without PyTorch's dispatcher, which costs more than a short sequence.
+    """Whether a backward pass may follow; and whether the kernel can be called at once.
+
+    That is where none may follow and nothing is traced: PyTorch's dispatcher costs more than a
+    token.
     """
     given = [x for x in tensors if x is not None]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
@@ -123,5 +124,6 @@ def _scan(
     ]
     tensors.insert(-1, reset)
     keep, is_plain = _needs(tensors)
-    o, state, _, _ = (scan_now if is_plain else scan)(*tensors, scale, keep)
+    run: Any = scan_now if is_plain else scan_op
+    o, state, _, _ = run(*tensors, scale, keep)
     return o, state

@@ -103,5 +103,6 @@ def pointer(x: Tensor | None) -> int | None:
     """Where a contiguous tensor begins; None for null."""
     if x is None or x.numel() == 0:
         return None
-    assert x.is_contiguous() and x.device.type == "cpu"
+    assert x.is_contiguous()
+    assert x.device.type == "cpu"
     return x.data_ptr()

@@ -52,7 +52,9 @@ class _ScanGradient(ctypes.Structure):
 def _describe(k: Tensor, v: Tensor, decay: Tensor | None, scale: float, **tensors: Any) -> _Scan:
     batch, time, heads, key_dim = k.shape
     channels = 0 if decay is None else 1 if decay.dim() == 3 else key_dim
-    pointers = {name: pointer(x) for name, x in (tensors | {"k": k, "v": v, "decay": decay}).items()}
+    pointers = {
+        name: pointer(x) for name, x in (tensors | {"k": k, "v": v, "decay": decay}).items()
+    }
     sizes = (batch, time, heads, key_dim, v.shape[-1], CHUNK, channels)
     return _Scan(*sizes, scale, **pointers)
 
@@ -109,10 +111,10 @@ def scan_now(
     return o, final, removed, checkpoints
 
 
-scan = torch.library.custom_op("ebb::scan", scan_now, mutates_args=())
+scan_op = torch.library.custom_op("ebb::scan", scan_now, mutates_args=())
 
 
-@scan.register_fake
+@scan_op.register_fake
 def _(
     q: Tensor,
     k: Tensor,
@@ -213,7 +215,9 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.scale, ctx.has_initial = scale, initial is not None
 
 
-def _backward(ctx: Any, for_o: Tensor | None, for_final: Tensor | None, *_: None) -> tuple[Any, ...]:
+def _backward(
+    ctx: Any, for_o: Tensor | None, for_final: Tensor | None, *_: None
+) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     if for_o is None:
         for_o = torch.zeros_like(saved[2])
@@ -225,5 +229,5 @@ def _backward(ctx: Any, for_o: Tensor | None, for_final: Tensor | None, *_: None
     return (*for_tensors, None, for_initial, None, None)
 
 
-scan.register_autograd(_backward, setup_context=_keep_for_backward)
+scan_op.register_autograd(_backward, setup_context=_keep_for_backward)
 scan_backward.register_autograd(refuse_second_derivative)

@@ -89,10 +89,10 @@ def wkv4_now(
     return o, final[0], final[1], final[2], checkpoints
 
 
-wkv4 = torch.library.custom_op("ebb::wkv4", wkv4_now, mutates_args=())
+wkv4_op = torch.library.custom_op("ebb::wkv4", wkv4_now, mutates_args=())
 
 
-@wkv4.register_fake
+@wkv4_op.register_fake
 def _(
     k: Tensor,
     v: Tensor,
@@ -104,8 +104,9 @@ def _(
     top: Tensor,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    final = [x.new_empty(x.shape) for x in (num, den, top)]
-    return v.new_empty(v.shape), *final, v.new_empty(_checkpoint_shape(k, keep))
+    final_num, final_den, final_top = (x.new_empty(x.shape) for x in (num, den, top))
+    checkpoints = v.new_empty(_checkpoint_shape(k, keep))
+    return v.new_empty(v.shape), final_num, final_den, final_top, checkpoints
 
 
 @torch.library.custom_op("ebb::wkv4_backward", mutates_args=())
@@ -140,8 +141,11 @@ def wkv4_backward(
         _describe(key, **kept),
         _Wkv4Gradient(*(pointer(x) for x in given.values()), **pointers),
     )
-    for_k, for_v, for_decay, for_bonus, *for_state = gradients.values()
-    return for_k, for_v, for_decay.sum(0), for_bonus.sum(0), *for_state  # type: ignore[return-value]
+    for_k, for_v, for_decay, for_bonus, for_initial_num, for_initial_den, for_initial_top = (
+        gradients.values()
+    )
+    for_decay, for_bonus = for_decay.sum(0), for_bonus.sum(0)
+    return for_k, for_v, for_decay, for_bonus, for_initial_num, for_initial_den, for_initial_top
 
 
 @wkv4_backward.register_fake
@@ -177,5 +181,5 @@ def _backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
     return for_k, for_v, for_decay, for_bonus, None, *for_state, None
 
 
-wkv4.register_autograd(_backward, setup_context=_keep_for_backward)
+wkv4_op.register_autograd(_backward, setup_context=_keep_for_backward)
 wkv4_backward.register_autograd(refuse_second_derivative)
