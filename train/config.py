@@ -24,7 +24,9 @@ class TrainConfig:
     """
 
     mixer: str = "rwkv7"
-    """rwkv7, rwkv6, linear_transformer or attention (`softmax` is short for attention:softmax)."""
+    """rwkv4, rwkv5, rwkv6, rwkv7, linear_transformer, retnet, gla, mamba2, deltanet, gated_deltanet
+    or attention, which takes a score after a colon (attention:square_l1; `softmax` is short for
+    attention:softmax). `ebb info` shows them all."""
     size: str = "micro"
     """nano (4 layers x 128), micro (4 x 256), tiny (8 x 512) or small (12 x 768)."""
     data: str = "sotu"
