@@ -153,6 +153,8 @@ class Generation(Iterator[list[int | None]]):
         generators: one a row; they move on.
         seen: `[B, V]` bool, for the repetition penalty: the tokens so far. None for none.
         stop_ids: the tokens that end a row.
+        vocab_size: draw ids below this only: an official model has more than its tokenizer. None
+            for all.
     """
 
     def __init__(
@@ -166,10 +168,16 @@ class Generation(Iterator[list[int | None]]):
         generators: Sequence[torch.Generator],
         seen: Tensor | None = None,
         stop_ids: Collection[int] = (),
+        vocab_size: int | None = None,
     ) -> None:
+        if vocab_size is not None and not 1 <= vocab_size <= logits.shape[1]:
+            raise ValueError(
+                f"vocab_size must be between 1 and {logits.shape[1]}, but is {vocab_size}"
+            )
         if max_tokens < 0:
             raise ValueError(f"max_tokens must be at least 0, but is {max_tokens}")
         self.model, self.sampling, self.stop_ids = model, sampling, frozenset(stop_ids)
+        self._vocab_size = logits.shape[1] if vocab_size is None else vocab_size
         self._left, self._generators = max_tokens, generators
         self._seen = torch.zeros(logits.shape, dtype=torch.bool) if seen is None else seen.clone()
         self._rows = list(range(logits.shape[0]))
@@ -196,9 +204,10 @@ class Generation(Iterator[list[int | None]]):
     def __next__(self) -> list[int | None]:
         if self._left == 0 or not self._rows:
             raise StopIteration
-        seen = self._seen[self._rows] if self.sampling.repetition_penalty != 1 else None
+        known = slice(self._vocab_size)
+        seen = self._seen[self._rows, known] if self.sampling.repetition_penalty != 1 else None
         generators = [self._generators[row] for row in self._rows]
-        tokens = sample(self._logits, self.sampling, generators, seen)
+        tokens = sample(self._logits[:, known], self.sampling, generators, seen)
         self._logits, self._state = step(self.model, tokens, self._state)
         self._seen[self._rows, tokens] = True
         self._left -= 1

@@ -48,6 +48,12 @@ COMMANDS = {
     "compare": Command(
         "train several mixers alike and report on them", "train.compare", "CompareConfig", "compare"
     ),
+    "convert": Command(
+        "import an official RWKV checkpoint, or export a run as one",
+        "train.convert",
+        "ConvertConfig",
+        "convert",
+    ),
     "info": Command(
         "the machine and the mixers, or one checkpoint", "train.info", "InfoConfig", "info"
     ),

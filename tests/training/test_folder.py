@@ -31,7 +31,7 @@ def stopped(killed, tmp_path):
 def test_second_process_in_a_folder_is_refused(killed):
     assert killed.second_status == 1
     assert only_line(killed.second_error) == (
-        f"Another process is writing to {killed.folder}: wait for it, or choose another --out."
+        f"Another process is writing to {killed.folder}: wait for it, or choose another place."
     )
 
 
@@ -52,7 +52,7 @@ def test_full_disk_leaves_the_checkpoints_as_they_are(stopped, reference, capsys
         assert ebb("train", "--resume", "--out", stopped) == 1
     said = only_line(capsys.readouterr().err)
     assert "cannot be written (" in said
-    assert said.endswith(": make room or choose another --out.")
+    assert said.endswith(": make room or choose another place.")
     after = contents(stopped)
     checkpoint = [name for name in before if name.startswith("resume/") or name[:5] == "model"]
     assert {name: after[name] for name in checkpoint} == {name: before[name] for name in checkpoint}
