@@ -35,7 +35,8 @@ class TrainConfig:
     column: str = "text"
     """Column or key that holds the text, where the data has columns."""
     tokenizer: str = "bpe"
-    """bpe (trained on the data), bytes, or the path of a tokenizer.json."""
+    """bpe (trained on the data), bytes, or the path of a tokenizer.json or of the vocabulary of
+    RWKV World (rwkv_vocab_v20230424.txt)."""
     vocab_size: int | None = None
     """Vocabulary of a bpe to train; 4096 if not given."""
     steps: int = 2000
@@ -167,7 +168,8 @@ class CompareConfig:
     column: str = "text"
     """Column or key that holds the text, where the data has columns."""
     tokenizer: str = "bpe"
-    """bpe (trained on the data), bytes, or the path of a tokenizer.json."""
+    """bpe (trained on the data), bytes, or the path of a tokenizer.json or of the vocabulary of
+    RWKV World (rwkv_vocab_v20230424.txt)."""
     vocab_size: int | None = None
     """Vocabulary of a bpe to train; 4096 if not given."""
     budget: str = "1000-steps"
