@@ -133,6 +133,28 @@ def test_rwkv6_time_mix_and_channel_mix(num_layers, width, head_dim):
 
 
 @shapes
+def test_rwkv4_time_mix_and_channel_mix(num_layers, width, head_dim):
+    model = new_model("rwkv4", None, num_layers, width, head_dim)
+    for layer, block in enumerate(model.blocks):
+        mix, channel_mix, channels = block.time_mix, block.channel_mix, range(width)
+        p = layer / (num_layers - 1) if num_layers > 1 else 0.0
+        q = 1 - layer / num_layers
+        whole = [(c / width) ** q for c in channels]
+        half = [(c / width) ** (0.5 * q) for c in channels]
+        expect(mix.mix, [whole, [x + 0.3 * p for x in whole], half])
+        expect(mix.decay, [-5 + 8 * (c / (width - 1)) ** (0.7 + 1.3 * p) for c in channels])
+        zigzag = [{0: 0.0, 1: 0.5, 2: -0.5}[c % 3] for c in channels]
+        expect(mix.bonus, [math.log(0.3) + z for z in zigzag])
+        expect_orthogonal(mix.value.weight, 1)
+        for matrix in (mix.key, mix.receptance, mix.output, channel_mix.value):
+            assert not matrix.weight.any()
+        expect(channel_mix.mix_key, whole)
+        expect(channel_mix.mix_receptance, whole)
+        rows = channel_mix.key.weight.shape[0]
+        expect_orthogonal(channel_mix.key.weight, math.sqrt(rows / width))
+
+
+@shapes
 def test_rwkv5_time_mix_and_channel_mix(num_layers, width, head_dim):
     model = new_model("rwkv5", None, num_layers, width, head_dim)
     for layer, block in enumerate(model.blocks):

@@ -79,6 +79,28 @@ def x():
     return torch.randn(1, TIME, WIDTH, dtype=torch.float64)
 
 
+def test_rwkv4(x):
+    """The mean with weights `exp((t-1-j) w + k_j)`, and `exp(u + k_t)` for the token itself."""
+    layer = layer_of("rwkv4", None)
+    torch.manual_seed(1)
+    previous = torch.cat([torch.zeros_like(x[0, :1]), x[0, :-1]])
+    previous = previous.masked_fill(RESET[0, :, None], 0.0)
+    x_k, x_v, x_r = (x[0] * mix + previous * (1 - mix) for mix in layer.mix)
+    k, v, r = layer.key(x_k), layer.value(x_v), torch.sigmoid(layer.receptance(x_r))
+    w, rows = -torch.exp(layer.decay), []
+    for t in range(TIME):
+        start = max((j for j in range(t + 1) if RESET[0, j]), default=0)
+        weights = [torch.exp((t - 1 - j) * w + k[j]) for j in range(start, t)]
+        weights.append(torch.exp(layer.bonus + k[t]))
+        weighed = [weight * v[j] for weight, j in zip(weights, range(start, t + 1), strict=True)]
+        rows.append(sum(weighed) / sum(weights))
+    expected = layer.output(r * torch.stack(rows))
+    for form in FORMS:
+        y, after = layer(x, layer.initial_state(1), Context(form=form, reset=RESET))
+        assert_close(y[0].detach(), expected.detach(), 1e-10, form)
+        assert torch.equal(after.shift, x[:, -1])
+
+
 def test_retnet(x):
     layer = layer_of("retnet", RetNetOptions(norm_eps=0.1))
     position = torch.tensor([[0, 1, 0, 1, 2, 3, 0, 1, 2]])
