@@ -81,10 +81,10 @@ VERSIONS = {
         _layer(
             {
                 **_rows("time_mix_", "kvrg"),
+                **_GATE,  # before the decay, by which the `rwkv` package then sees that it is 5.2
+                **_HEAD_NORM,
                 "time_decay": Place("decay", "H N"),
                 "time_faaaa": Place("bonus", "H N"),
-                **_GATE,
-                **_HEAD_NORM,
             },
             {
                 "time_mix_k": Place("mix_key", "1 1 D"),
