@@ -247,6 +247,7 @@ def generate(
     seed: int = 0,
     state: ModelState | None = None,
     stop_ids: Collection[int] = (),
+    vocab_size: int | None = None,
 ) -> Generation:
     """Goes on from one prompt or many, of any lengths; the rows do not influence each other.
 
@@ -258,13 +259,14 @@ def generate(
         seed: row r draws with seed + r, and so can be repeated alone.
         state: B rows, of what stands before the prompts; None for nothing.
         stop_ids: the tokens that end a row.
+        vocab_size: draw ids below this only; None for all that the model has.
 
     Returns:
         An iterator of B tokens a step, None for a row that has ended. The prompts have been read.
 
     Raises:
         ValueError: for an empty prompt, a token outside the vocabulary, a state of other than B
-            rows, or a seed that is negative or above 2^62.
+            rows, a seed that is negative or above 2^62, or a `vocab_size` that the model has not.
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("every prompt needs a token: start a text with the end token")
@@ -290,6 +292,7 @@ def generate(
         generators=[torch.Generator().manual_seed(seed + row) for row in range(len(prompts))],
         seen=seen,
         stop_ids=stop_ids,
+        vocab_size=vocab_size,
     )
 
 

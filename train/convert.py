@@ -180,11 +180,12 @@ def _unpickle(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             is_archive = file.read(4) == b"PK\x03\x04"  # what came before 2020 cannot be mapped
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): check the file.") from error
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about formats and protocols: the result is checked
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): check the file.") from error
     except MemoryError:
         raise
     except Exception as error:  # what is no pickle fails in every way there is

@@ -1,26 +1,13 @@
 """The folder of a run: one process at a time, whole files or none, and a disk that fills up."""
 
-import resource
 import shutil
-from contextlib import contextmanager
 
 import pytest
 import torch
-from runs import TINY, contents, ebb, only_line, repeatable
+from runs import TINY, contents, ebb, largest_file, only_line, repeatable
 from safetensors.torch import load_file
 
 from train.checkpoint import locked, save_json, save_weights, write_atomically
-
-
-@contextmanager
-def largest_file(size):
-    """The kernel lets no file of this process grow beyond `size` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
