@@ -4,6 +4,7 @@ A check takes the function under test, so that the tests can also feed it a brok
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from model.ops import OPS
 from model.ops.attention import KVCache
+from model.ops.scores import SCORES, Score, entmax, polynomial
 from model.ops.wkv4 import WKV4State
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -49,6 +51,20 @@ def has_heads(op):
     return "q" in arguments(op)
 
 
+def spread(scores):
+    """A score as a user may write it: no mask, but the length of the row counts."""
+    return scores.tanh() * torch.linspace(1, 2, scores.shape[-1], dtype=scores.dtype)
+
+
+SCORES_TESTED = {
+    **{name: name for name in SCORES if name != "softmax"},
+    **{f"polynomial_{order}": polynomial(order) for order in (1, 2, 4)},
+    **{f"entmax_{alpha}": entmax(alpha) for alpha in (1.1, 1.3)},
+    "user": spread,
+}
+"""All but the default, by name: what the attention ops take as `score`."""
+
+
 @dataclass(frozen=True)
 class Case:
     """What to draw. `decay` is a row of DECAYS."""
@@ -61,6 +77,7 @@ class Case:
     reset: bool = False
     scale: float = 1.0
     eps: float | None = None
+    score: str | Score | Callable[[Tensor], Tensor] | None = None
     batch: int = 2
     time: int = 17
     heads: int = 2
@@ -81,6 +98,7 @@ class Case:
             per_channel=self.per_channel or not has_heads(op),
             bonus=self.bonus and "bonus" in has and has_heads(op),
             normalize=self.normalize and "normalize" in has,
+            score=self.score if "score" in has else None,
         )
 
 
@@ -111,6 +129,9 @@ CASES = {
     "normalize_bonus_head": Case(
         normalize=True, bonus=True, decay="mixed", per_channel=False, state=True
     ),
+} | {
+    f"score_{name}": Case(score=score, state=True, reset=True, scale=0.35)
+    for name, score in SCORES_TESTED.items()
 }
 
 
@@ -141,6 +162,8 @@ def make_inputs(op, case, dtype=torch.float64):
         inputs["normalize"] = True
         if case.eps is not None:  # the first token's gradient of q is of the order of eps
             inputs["eps"] = case.eps
+    if case.score is not None:
+        inputs["score"] = case.score
     return inputs | ({"scale": case.scale} if "scale" in arguments(op) else {})
 
 
@@ -293,9 +316,11 @@ def check_rows(function, op, case, dtype, poison):
     inputs, others = (
         make_inputs(op, replace(case, seed=case.seed + n), dtype) for n in (0, int(not poison))
     )
-    shared = {"bonus", "scale", "normalize", "eps"} | ({"log_decay", "reset"} if poison else set())
-    if not has_heads(op):
+    shared = {"bonus", "scale", "normalize", "eps", "score"}
+    if poison or not has_heads(op):
         shared |= {"log_decay"}
+    if poison:
+        shared |= {"reset"}
 
     def join(x, other):
         rest = torch.full_like(x, torch.nan) if poison and x.is_floating_point() else other
