@@ -43,7 +43,8 @@ def test_full_disk_leaves_the_checkpoints_as_they_are(stopped, reference, capsys
     after = contents(stopped)
     checkpoint = [name for name in before if name.startswith("resume/") or name[:5] == "model"]
     assert {name: after[name] for name in checkpoint} == {name: before[name] for name in checkpoint}
-    assert not [name for name in after if ".tmp" in name]
+    left = {name for name in after if ".tmp" in name}
+    assert left <= before.keys(), "more than the killed process may have left"
     assert ebb("eval", stopped, "--max-tokens", "20") == 0
     assert ebb("train", "--resume", "--out", stopped) == 0
     model = "model.safetensors"
