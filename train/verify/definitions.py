@@ -1,0 +1,129 @@
+"""The recurrences once more, written out sum by sum: what the recurrent forms are checked against.
+
+Nothing here is computed by `model.ops`, and nothing is fast. Arguments and results are those of the
+recurrent forms, in float64.
+"""
+
+import torch
+from torch import Tensor
+
+from model.ops.attention import KVCache
+from train.verify.running import Function
+
+
+def additive(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    bonus: Tensor | None = None,
+    normalize: bool = False,
+    scale: float = 1.0,
+    reset: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """`S_t[i, j] = exp(g_t[i]) S_{t-1}[i, j] + k_t[i] v_t[j]`, one row of the state at a time."""
+    batch, time, heads, keys = k.shape
+    if normalize:
+        v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+    outputs, finals = [], []
+    for row in range(batch):
+        for head in range(heads):
+            state = torch.zeros(keys, v.shape[-1], dtype=v.dtype)
+            if initial_state is not None:
+                state = initial_state[row, head]
+            for t in range(time):
+                if reset is not None and reset[row, t]:
+                    state = torch.zeros_like(state)
+                old, lines = state, []
+                for i in range(keys):
+                    line = old[i]
+                    if log_decay is not None:
+                        g = log_decay[row, t, head]
+                        line = torch.exp(g[i] if g.dim() else g) * line
+                    lines.append(line + k[row, t, head, i] * v[row, t, head])
+                state = torch.stack(lines)
+                if bonus is None:
+                    read = q[row, t, head] @ state
+                else:
+                    own = (q[row, t, head] * bonus[head] * k[row, t, head]).sum()
+                    read = q[row, t, head] @ old + own * v[row, t, head]
+                outputs.append(scale * read)
+            finals.append(state)
+    o = torch.stack(outputs).reshape(batch, heads, time, -1).transpose(1, 2)
+    if normalize:
+        o = o[..., :-1] / (o[..., -1:] + eps)
+    return o, torch.stack(finals).reshape(batch, heads, keys, -1)
+
+
+def delta(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor | None = None,
+    scale: float = 1.0,
+    reset: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`S_t = (diag(exp g_t) + b_t a_t^T) S_{t-1} + k_t v_t^T`, by the whole transition matrix."""
+    batch, time, heads, keys = k.shape
+    outputs, finals = [], []
+    for row in range(batch):
+        for head in range(heads):
+            state = torch.zeros(keys, v.shape[-1], dtype=v.dtype)
+            if initial_state is not None:
+                state = initial_state[row, head]
+            for t in range(time):
+                if reset is not None and reset[row, t]:
+                    state = torch.zeros_like(state)
+                decay = torch.ones(keys, dtype=v.dtype)
+                if log_decay is not None:
+                    decay = decay * torch.exp(log_decay[row, t, head])
+                transition = torch.diag(decay) + torch.outer(b[row, t, head], a[row, t, head])
+                state = transition @ state + torch.outer(k[row, t, head], v[row, t, head])
+                outputs.append(scale * (q[row, t, head] @ state))
+            finals.append(state)
+    o = torch.stack(outputs).reshape(batch, heads, time, -1).transpose(1, 2)
+    return o, torch.stack(finals).reshape(batch, heads, keys, -1)
+
+
+def attention(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float = 1.0,
+    reset: Tensor | None = None,
+    initial_state: KVCache | None = None,
+) -> tuple[Tensor, KVCache]:
+    """`o_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij)` over the visible tokens."""
+    batch, time, heads, _ = k.shape
+    outputs, all_keys, all_values, firsts = [], [], [], []
+    for row in range(batch):
+        keys, values = k[row], v[row]
+        first = cached = 0
+        if initial_state is not None:
+            cached, first = initial_state.key.shape[1], int(initial_state.start[row])
+            keys = torch.cat([initial_state.key[row], keys])
+            values = torch.cat([initial_state.value[row], values])
+        for t in range(time):
+            if reset is not None and reset[row, t]:
+                first = cached + t
+            seen = slice(first, cached + t + 1)
+            for head in range(heads):
+                weights = torch.exp(scale * (keys[seen, head] @ q[row, t, head]))
+                outputs.append(weights @ values[seen, head] / weights.sum())
+        all_keys.append(keys)
+        all_values.append(values)
+        firsts.append(first)
+    o = torch.stack(outputs).reshape(batch, time, heads, -1)
+    return o, KVCache(torch.stack(all_keys), torch.stack(all_values), torch.tensor(firsts))
+
+
+DEFINITIONS: dict[str, Function] = {"additive": additive, "delta": delta, "attention": attention}
+"""By the name of the row in `model.ops.OPS`."""
