@@ -6,9 +6,10 @@ then rounding noise in every form. So in float64 it is measured against 1e-4 of 
 at least, in float32 against that largest one. A gradient that is lost or wrong in float32 alone is
 as large as the others, and one that is small and wrong shows in float64.
 
-And `calm`: with the official eps in the norm over a head, a head whose output is by chance near
-zero multiplies float32's rounding errors by 100, in all forms alike. In float32 that eps (options
-that end in `norm_eps`) is 0.1; in float64 a model keeps its own.
+And conditioning: a head whose output is by chance near zero, in front of a norm with a small eps,
+multiplies rounding errors by 100 in all forms alike. Random models have a large eps there (options
+that end in `norm_eps`); and `train.verify.proof` asks of an error beyond the tolerance whether
+rounding the inputs once would move the definition itself as far.
 """
 
 import copy
@@ -50,12 +51,14 @@ LONGEST_CHUNK = 64
 
 
 def small_config(mixer: Mixer, name: str, options: Any, num_layers: int) -> ModelConfig:
-    """The smallest shape that a mixer accepts, its norms calm.
+    """The smallest shape that a mixer accepts, with a large eps in its norms over heads.
 
     Raises:
         ValueError: if it accepts none.
     """
-    options = calmed(mixer.time_mix.Options() if options is None else options)
+    options = mixer.time_mix.Options() if options is None else options
+    norms = [f.name for f in dataclasses.fields(options) if f.name.endswith("norm_eps")]
+    options = replace(options, **dict.fromkeys(norms, CALM_EPS))
     for d_model, head_dim in SHAPES:
         config = ModelConfig(name, VOCABULARY, d_model, num_layers, head_dim, None, options)
         try:
@@ -65,12 +68,6 @@ def small_config(mixer: Mixer, name: str, options: Any, num_layers: int) -> Mode
             continue
         return config
     raise reason
-
-
-def calmed(options: Any) -> Any:
-    """The options with a large eps in the norm over a head, where there is one."""
-    names = [f.name for f in dataclasses.fields(options) if f.name.endswith("norm_eps")]
-    return replace(options, **dict.fromkeys(names, CALM_EPS))
 
 
 @contextmanager
@@ -112,24 +109,21 @@ class NetworkSubject:
 
     name: str
     own: nn.Module
-    """In float64, with its own eps."""
-    calm: nn.Module
-    """The same with a large eps; the same object where there is none, or for random weights."""
+    """In float64."""
     chunk_size: int
-    modules: dict[tuple[torch.dtype, bool], nn.Module] = field(default_factory=dict)
+    modules: dict[torch.dtype, nn.Module] = field(default_factory=dict)
 
     forms = FORMS
 
-    def module(self, dtype: torch.dtype, *, calm: bool) -> Any:
+    def module(self, dtype: torch.dtype) -> Any:
         """The module in that dtype."""
-        if (dtype, calm) not in self.modules:
-            source = self.calm if calm else self.own
-            self.modules[dtype, calm] = copy.deepcopy(source).to(dtype)
-        return self.modules[dtype, calm]
+        if dtype not in self.modules:
+            self.modules[dtype] = copy.deepcopy(self.own).to(dtype)
+        return self.modules[dtype]
 
-    def is_calm(self, dtype: torch.dtype) -> bool:
-        """In all but float64."""
-        return dtype != torch.float64 and self.calm is not self.own
+    def allows_for_conditioning(self) -> bool:
+        """Yes: nobody has chosen the weights so that nothing is magnified."""
+        return True
 
     def against_largest(self, dtype: torch.dtype) -> float:
         """See the head of this file."""
@@ -144,9 +138,7 @@ class NetworkSubject:
         """The inputs with a time axis, but for `reset`."""
         raise NotImplementedError
 
-    def function(
-        self, form: str, dtype: torch.dtype, *, calm: bool, chunk_size: int | None
-    ) -> Function:
+    def function(self, form: str, dtype: torch.dtype, chunk_size: int | None) -> Function:
         """One form."""
         raise NotImplementedError
 
@@ -160,7 +152,7 @@ class NetworkSubject:
             reset[0, case.time // 2] |= case.time > 1
             inputs["reset"] = reset
         if case.state:
-            recurrent = self.function("recurrent", torch.float64, calm=True, chunk_size=None)
+            recurrent = self.function("recurrent", torch.float64, None)
             before = replace(case, seed=case.seed + 100, time=BEFORE, state=False, reset=True)
             given = {**self.inputs(before, torch.float64)}
             with torch.no_grad():
@@ -184,8 +176,9 @@ class LayerSubject(NetworkSubject):
         cls, name: str, kind: type[Layer], config: ModelConfig, op: str | None
     ) -> list["LayerSubject"]:
         """The second layer, and the first where it has other parameters."""
-        second = kind(config, 1)
-        first = kind(config, 0)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            first, second = kind(config, 0), kind(config, 1)
         layers = {f"{name} layer": second}
         if {n for n, _ in first.named_parameters()} != {n for n, _ in second.named_parameters()}:
             layers[f"{name} layer, first"] = first
@@ -194,7 +187,7 @@ class LayerSubject(NetworkSubject):
             layer = layer.double()
             disturb(layer)
             chunk = chunk_size_of(op)
-            subjects.append(cls(part_name, layer, layer, chunk, width=config.d_model))
+            subjects.append(cls(part_name, layer, chunk, width=config.d_model))
         return subjects
 
     def tokens(self, case: Case, dtype: torch.dtype) -> Inputs:
@@ -204,11 +197,9 @@ class LayerSubject(NetworkSubject):
         x = case.scale * torch.randn(shape, generator=generator)
         return {"x": x.to(dtype), "v_first": torch.randn(shape, generator=generator).to(dtype)}
 
-    def function(
-        self, form: str, dtype: torch.dtype, *, calm: bool, chunk_size: int | None
-    ) -> Function:
+    def function(self, form: str, dtype: torch.dtype, chunk_size: int | None) -> Function:
         """One form; chunks have the op's own size."""
-        layer = self.module(dtype, calm=calm)
+        layer = self.module(dtype)
 
         def call(
             *,
@@ -259,20 +250,14 @@ class ModelSubject(NetworkSubject):
             torch.manual_seed(0)
             model = LanguageModel(config).double()
         disturb(model)
-        return cls(f"{name} model", model, model, chunk_size_of(mixer.op))
+        return cls(f"{name} model", model, chunk_size_of(mixer.op))
 
     @classmethod
     def of(cls, name: str, model: LanguageModel) -> "ModelSubject":
-        """A model with its own weights, in float64, and a calm copy."""
-        own = copy.deepcopy(model).double()
-        calm_options = calmed(own.config.options)
-        calm = own
-        if calm_options != own.config.options:
-            with torch.random.fork_rng():
-                calm = LanguageModel(replace(own.config, options=calm_options)).double()
-            calm.load_state_dict(own.state_dict())
-        chunk = chunk_size_of(MIXERS[own.config.mixer].op)
-        return cls(f"{name} model", own, calm, chunk, vocab_size=own.config.vocab_size)
+        """A model with its own weights."""
+        chunk = chunk_size_of(MIXERS[model.config.mixer].op)
+        vocab_size = model.config.vocab_size
+        return cls(f"{name} model", copy.deepcopy(model).double(), chunk, vocab_size=vocab_size)
 
     def tokens(self, case: Case, dtype: torch.dtype) -> Inputs:
         """`[B, T]`."""
@@ -280,11 +265,9 @@ class ModelSubject(NetworkSubject):
         shape = (case.batch, case.time)
         return {"tokens": torch.randint(self.vocab_size, shape, generator=generator)}
 
-    def function(
-        self, form: str, dtype: torch.dtype, *, calm: bool, chunk_size: int | None
-    ) -> Function:
+    def function(self, form: str, dtype: torch.dtype, chunk_size: int | None) -> Function:
         """One form; chunks have the op's own size."""
-        model = self.module(dtype, calm=calm)
+        model = self.module(dtype)
 
         def call(
             *,

@@ -57,9 +57,7 @@ class OpSubject:
         """Every field of the row that holds a function."""
         return tuple(n for n in self.op._fields if getattr(self.op, n) is not None)
 
-    def function(
-        self, form: str, dtype: torch.dtype, *, calm: bool, chunk_size: int | None
-    ) -> Function:
+    def function(self, form: str, dtype: torch.dtype, chunk_size: int | None) -> Function:
         """One form."""
         function: Callable[..., Any] = getattr(self.op, form)
         if chunk_size is not None and "chunk_size" in inspect.signature(function).parameters:
@@ -70,13 +68,13 @@ class OpSubject:
         """Random arguments, of those that the op has."""
         return make_inputs(self.op, case.reduced_to(self.op), dtype)
 
-    def is_calm(self, dtype: torch.dtype) -> bool:
-        """An op has no norm."""
-        return False
-
     def against_largest(self, dtype: torch.dtype) -> float:
         """The cases are drawn so that every gradient can stand for itself."""
         return 0.0
+
+    def allows_for_conditioning(self) -> bool:
+        """No: the cases are drawn so that nothing is magnified."""
+        return False
 
     @property
     def chunk_size(self) -> int:

@@ -36,19 +36,17 @@ class Subject(Protocol):
     def forms(self) -> tuple[str, ...]:
         """All of them."""
 
-    def function(
-        self, form: str, dtype: torch.dtype, *, calm: bool, chunk_size: int | None
-    ) -> Function:
+    def function(self, form: str, dtype: torch.dtype, chunk_size: int | None) -> Function:
         """One form."""
 
     def inputs(self, case: Case, dtype: torch.dtype) -> Inputs:
         """What to give it; the same numbers in float32 and float64."""
 
-    def is_calm(self, dtype: torch.dtype) -> bool:
-        """Whether this dtype is checked with a large eps in the norm over a head."""
-
     def against_largest(self, dtype: torch.dtype) -> float:
         """The fraction of the largest gradient that others are measured against at least."""
+
+    def allows_for_conditioning(self) -> bool:
+        """Whether an error counts only beyond what rounding the inputs does to the definition."""
 
     def situations(self, *, full: bool) -> list["Situation"]:
         """What to check."""
