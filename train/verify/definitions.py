@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model.ops.attention import KVCache
+from model.ops.wkv4 import WKV4State
 from train.verify.running import Function
 
 
@@ -125,5 +126,50 @@ def attention(
     return o, KVCache(torch.stack(all_keys), torch.stack(all_values), torch.tensor(firsts))
 
 
-DEFINITIONS: dict[str, Function] = {"additive": additive, "delta": delta, "attention": attention}
+def wkv4(
+    *,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    bonus: Tensor,
+    reset: Tensor | None = None,
+    initial_state: WKV4State | None = None,
+) -> tuple[Tensor, WKV4State]:
+    """`o_t = sum_i exp(l_i) v_i / sum_i exp(l_i)`, the logits `l_i` in a list, nothing carried."""
+    batch, time, width = k.shape
+    outputs, parts = [], []
+    for row in range(batch):
+        for channel in range(width):
+            w, u = log_decay[channel], bonus[channel]
+            logits: list[Tensor] = []  # of all that was written, as they stand before token t
+            values: list[Tensor] = []
+            weights: list[Tensor] = []
+            if initial_state is not None:
+                num, den, largest = (x[row, channel] for x in initial_state)
+                logits, values, weights = [largest], [num], [den]
+            for t in range(time):
+                if reset is not None and reset[row, t]:
+                    logits, values, weights = [], [], []
+                key, value = k[row, t, channel], v[row, t, channel]
+                one = torch.ones_like(key)
+                seen = torch.stack([*logits, u + key]).exp()
+                top = (seen * torch.stack([*values, value])).sum()
+                outputs.append(top / (seen * torch.stack([*weights, one])).sum())
+                logits = [w + logit for logit in logits] + [key]
+                values, weights = [*values, value], [*weights, one]
+            all_logits = torch.stack(logits)
+            largest = all_logits.max()
+            factors = (all_logits - largest).exp()
+            sums = [(factors * torch.stack(x)).sum() for x in (values, weights)]
+            parts.append(torch.stack([*sums, largest]))
+    o = torch.stack(outputs).reshape(batch, width, time).transpose(1, 2)
+    return o, WKV4State(*torch.stack(parts).reshape(batch, width, 3).unbind(-1))
+
+
+DEFINITIONS: dict[str, Function] = {
+    "additive": additive,
+    "delta": delta,
+    "wkv4": wkv4,
+    "attention": attention,
+}
 """By the name of the row in `model.ops.OPS`."""

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops import Op
+from model.ops import OPS, Op
 from model.ops.attention import KVCache
-from train.verify.running import Inputs, map_tensors, part, to_dtype
+from model.ops.wkv4 import WKV4State
+from train.verify.running import Inputs, cut_time, to_dtype
 
 DECAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "zero": torch.zeros_like,
@@ -26,6 +27,9 @@ DECAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "to_fifty": lambda u: torch.where(u < 0.1, -torch.inf, -50 * (u - 0.1).clamp(min=0) ** 4),
 }
 """Log-decays from uniform numbers in [0, 1)."""
+
+AnyOp = str | Op
+"""A row of `model.ops.OPS`, by name or itself, or one like it."""
 
 OPTIONAL = ("log_decay", "bonus", "normalize", "scale", "eps", "reset", "initial_state")
 """Arguments that a case decides on. What stands beside them and `DRAWN` needs a default."""
@@ -51,11 +55,11 @@ class Case:
     value_dim: int = 12
     seed: int = 0
 
-    def applies_to(self, op: Op) -> bool:
+    def applies_to(self, op: AnyOp) -> bool:
         """Whether the op has every argument that the case needs."""
         return self == self.reduced_to(op)
 
-    def reduced_to(self, op: Op) -> "Case":
+    def reduced_to(self, op: AnyOp) -> "Case":
         """The same case without the arguments that the op lacks."""
         has = arguments(op)
         return replace(
@@ -97,12 +101,17 @@ CASES = {
 }
 
 
-def arguments(op: Op) -> Mapping[str, inspect.Parameter]:
+def find_op(op: AnyOp) -> Op:
+    """The row."""
+    return OPS[op] if isinstance(op, str) else op
+
+
+def arguments(op: AnyOp) -> Mapping[str, inspect.Parameter]:
     """What the op takes, by name."""
-    return inspect.signature(op.recurrent).parameters
+    return inspect.signature(find_op(op).recurrent).parameters
 
 
-def has_heads(op: Op) -> bool:
+def has_heads(op: AnyOp) -> bool:
     """Whether the op reads with queries, `[B, T, H, K]`; else every one of D is a state apart.
 
     There the tensors are `[B, T, D]`, and decay and bonus are `[D]` and always given.
@@ -110,7 +119,7 @@ def has_heads(op: Op) -> bool:
     return "q" in arguments(op)
 
 
-def check_arguments(op: Op) -> None:
+def check_arguments(op: AnyOp) -> None:
     """Refuses an op with arguments that nobody here knows how to draw.
 
     Raises:
@@ -124,7 +133,7 @@ def check_arguments(op: Op) -> None:
             )
 
 
-def make_inputs(op: Op, case: Case, dtype: torch.dtype = torch.float64) -> Inputs:
+def make_inputs(op: AnyOp, case: Case, dtype: torch.dtype = torch.float64) -> Inputs:
     """Arguments of the op, by name. Drawn in float32, so that every dtype holds the same numbers.
 
     A new op needs nothing here if it names its arguments as the others do.
@@ -157,7 +166,7 @@ def make_inputs(op: Op, case: Case, dtype: torch.dtype = torch.float64) -> Input
 Draw = Callable[..., Tensor]
 
 
-def _draw_heads(op: Op, case: Case, normal: Draw, uniform: Draw) -> Inputs:
+def _draw_heads(op: AnyOp, case: Case, normal: Draw, uniform: Draw) -> Inputs:
     """The tensors of an op that reads with queries, but for reset and state."""
     batch, time, heads, key_dim = case.batch, case.time, case.heads, case.key_dim
 
@@ -179,7 +188,7 @@ def _draw_heads(op: Op, case: Case, normal: Draw, uniform: Draw) -> Inputs:
     return inputs
 
 
-def _draw_channels(op: Op, case: Case, normal: Draw, uniform: Draw) -> Inputs:
+def _draw_channels(op: AnyOp, case: Case, normal: Draw, uniform: Draw) -> Inputs:
     """The tensors of an op whose channels are `key_dim` states apart, but for reset and state."""
     shape = (case.batch, case.time, case.key_dim)
     return {
@@ -190,17 +199,20 @@ def _draw_channels(op: Op, case: Case, normal: Draw, uniform: Draw) -> Inputs:
     }
 
 
-def _draw_state(op: Op, case: Case, inputs: Inputs, normal: Draw, uniform: Draw) -> Any:
+def _draw_state(op: AnyOp, case: Case, inputs: Inputs, normal: Draw, uniform: Draw) -> Any:
     """A state of the kind that the op returns: random, or what some random tokens leave behind."""
     with torch.no_grad():
-        _, state = op.recurrent(**part(inputs, 0, min(case.time, 5)))
+        _, state = find_op(op).recurrent(**cut_time(inputs, slice(5)))
     if isinstance(state, KVCache):
         cached = (case.batch, 5, case.heads)
         start = (torch.arange(case.batch) + 1) % 3
         return KVCache(normal(*cached, case.key_dim), normal(*cached, case.value_dim), start)
+    if isinstance(state, WKV4State):
+        num, den, largest = (x(case.batch, case.key_dim) for x in (normal, uniform, normal))
+        return WKV4State(num, 1 + den, largest)
     if not isinstance(state, Tensor):
-        return map_tensors(torch.clone, state)
-    drawn = normal(*state.shape)
+        return state
     if case.normalize:  # the sum of weights stands in the last column
-        drawn = torch.cat([drawn[..., :-1], 1 + drawn[..., -1:].abs()], dim=-1)
-    return drawn
+        *shape, width = state.shape
+        return torch.cat([normal(*shape, width - 1), 1 + uniform(*shape, 1)], dim=-1)
+    return normal(*state.shape)

@@ -26,6 +26,8 @@ SMALL_CHUNK = 16
 """So that short sequences, too, have several chunks."""
 SITUATIONS_OF = ("reset_state", "head_mixed_reset", "bonus_mixed_reset", "normalize_mixed")
 """Cases that are cut, continued and so on: the first, and those with arguments of their own."""
+POISON = ("q", "k", "v", "a", "b", "initial_state")
+"""What may be NaN in other rows: all but decays, the strongest of which chooses the blocks."""
 DECAYING = ("channel_decay", "head_decay", "state")
 """Of these the first that an op can do is the one for its lengths."""
 
@@ -136,8 +138,8 @@ class OpSubject:
             *splitting(case, count),
             prefill_then_steps(case),
             *causality(case, [1, 20]),
-            rows(replace(case, batch=3), poison=False),
-            rows(replace(case, batch=3), poison=True),
+            rows(replace(case, batch=3)),
+            rows(replace(case, batch=3), poison=POISON),
             resets(case, (1, 17, 18)),
             resets(case, (0, 16)),
         ]

@@ -156,9 +156,48 @@ def without_state(function: Function) -> Function:
     return lambda **inputs: (function(**inputs)[0], None)
 
 
-def part(inputs: Inputs, begin: int, end: int | None) -> Inputs:
-    """The inputs of some of the tokens."""
-    return {n: x[:, begin:end] if is_timed(n, x) else x for n, x in inputs.items()}
+def cut_time(inputs: Inputs, part: slice) -> Inputs:
+    """The inputs for some of the tokens."""
+    return {n: x[:, part] if is_timed(n, x) else x for n, x in inputs.items()}
+
+
+def with_future(inputs: Inputs, others: Inputs, cut: int) -> Inputs:
+    """The inputs with those of others from the token `cut` on."""
+    return {
+        name: torch.cat([x[:, :cut], others[name][:, cut:]], dim=1) if is_timed(name, x) else x
+        for name, x in inputs.items()
+    }
+
+
+def with_other_rows(inputs: Inputs, others: Inputs) -> Inputs:
+    """The inputs with all rows but the first from others; what is not in those stays."""
+
+    def join(x: Any, other: Any) -> Any:
+        if isinstance(x, tuple):
+            parts = [join(mine, theirs) for mine, theirs in zip(x, other, strict=True)]
+            return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+        return torch.cat([x[:1], other[1:]])
+
+    mixed = {n: join(inputs[n], x) for n, x in others.items() if belongs_to_rows(n, x)}
+    return inputs | mixed
+
+
+def belongs_to_rows(name: str, value: Any) -> bool:
+    """Whether an input or result has the batch as its first dimension."""
+    given = name.removeprefix("grad ")
+    return is_timed(given, value) or given == "o" or given.startswith(("final_", "initial_"))
+
+
+def first_row(results: Results) -> Results:
+    """The results of the first row of the batch, less those that all rows have in common."""
+    return {name: x[:1] for name, x in results.items() if belongs_to_rows(name, x)}
+
+
+def filled_with_nan(value: Any) -> Any:
+    """NaN in place of all floating-point numbers."""
+    return map_tensors(
+        lambda x: torch.full_like(x, torch.nan) if x.is_floating_point() else x, value
+    )
 
 
 def in_pieces(function: Function, *places: int, then: Function | None = None) -> Function:
@@ -170,7 +209,7 @@ def in_pieces(function: Function, *places: int, then: Function | None = None) ->
     def pieces(*, initial_state: Any = None, **inputs: Any) -> tuple[Tensor, Any]:
         outputs, state, run_piece = [], initial_state, function
         for begin, end in pairwise((0, *places, length(inputs))):
-            o, state = run_piece(**part(inputs, begin, end), initial_state=state)
+            o, state = run_piece(**cut_time(inputs, slice(begin, end)), initial_state=state)
             outputs.append(o)
             run_piece = then or function
         return torch.cat(outputs, dim=1), state
@@ -188,7 +227,7 @@ def apart(function: Function, starts: tuple[int, ...]) -> Function:
         outputs, state = [], initial_state
         for begin, end in pairwise(sorted({0, *starts, length(inputs)})):
             state = None if begin in starts else initial_state
-            o, state = function(**part(inputs, begin, end), initial_state=state)
+            o, state = function(**cut_time(inputs, slice(begin, end)), initial_state=state)
             outputs.append(o)
         return torch.cat(outputs, dim=1), state
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from train.verify.inputs import Case
 from train.verify.running import (
@@ -17,10 +16,12 @@ from train.verify.running import (
     Inputs,
     Results,
     apart,
+    filled_with_nan,
+    first_row,
     in_pieces,
-    is_timed,
-    map_tensors,
     outputs_before,
+    with_future,
+    with_other_rows,
     without_state,
 )
 
@@ -106,14 +107,14 @@ def _shorter(case: Case) -> Case:
     return replace(case, heads=1, batch=min(case.batch, 2)) if case.time > 200 else case
 
 
-def splitting(case: Case, count: int) -> list[Situation]:
-    """The state is carried over random cuts, and over each token."""
+def splitting(case: Case, count: int, steps: int = 6) -> list[Situation]:
+    """The state is carried over random cuts, and over each of some steps."""
     generator = torch.Generator().manual_seed(case.time)
     found = []
     for number in range(count):
         cuts = torch.randperm(case.time - 1, generator=generator)[: 1 + number] + 1
         found.append(_split(case, *sorted(cuts.tolist())))
-    short = replace(case, time=6)
+    short = replace(case, time=steps)
     return [*found, _split(short, *range(1, short.time))]
 
 
@@ -161,53 +162,27 @@ def causality(case: Case, cuts: list[int]) -> list[Situation]:
     return [before(cut) for cut in cuts]
 
 
-def with_future(inputs: Inputs, others: Inputs, cut: int) -> Inputs:
-    """The inputs with those of others from `cut` on."""
-    return {
-        name: torch.cat([x[:, :cut], others[name][:, cut:]], dim=1) if is_timed(name, x) else x
-        for name, x in inputs.items()
-    }
-
-
-def rows(case: Case, *, poison: bool) -> Situation:
-    """What the other rows of a batch hold does not reach the first: other numbers, or a NaN state.
+def rows(case: Case, *, poison: tuple[str, ...] = ()) -> Situation:
+    """What the other rows of a batch hold does not reach the first: other numbers, or NaN.
 
     What all rows share (bonus, parameters) has a gradient from all of them; it is not compared.
+
+    Args:
+        case: the first row's.
+        poison: the inputs that are NaN in the other rows; none of them for other numbers.
     """
 
     def given(subject: Subject, case: Case, dtype: torch.dtype) -> Inputs:
         inputs = subject.inputs(case, dtype)
         others = subject.inputs(replace(case, seed=case.seed + 1), dtype)
-        mixed = dict(inputs)
-        for name, x in inputs.items():
-            if is_timed(name, x):
-                mixed[name] = with_others(x, others[name])
-            elif name == "initial_state":
-                mixed[name] = map_tensors(_poisoned, x) if poison else x
-        return mixed
+        if poison:
+            others = {n: filled_with_nan(x) for n, x in inputs.items() if n in poison}
+        return with_other_rows(inputs, others)
 
-    def first(results: Results) -> Results:
-        return {n: x[:1] for n, x in results.items() if _belongs_to_rows(n, x)}
-
-    kind = "a state of NaN in the others" if poison else "other rows"
-    return Situation("rows apart", f"T = {case.time}, {kind}", case, given=given, compared=first)
-
-
-def with_others(x: Tensor, other: Tensor) -> Tensor:
-    """The first row of x, the other rows of `other`."""
-    return torch.cat([x[:1], other[1:]])
-
-
-def _poisoned(x: Tensor) -> Tensor:
-    if not x.is_floating_point():
-        return x
-    return torch.cat([x[:1], torch.full_like(x[1:], torch.nan)])
-
-
-def _belongs_to_rows(name: str, value: Tensor) -> bool:
-    """Whether a result has the batch as its first dimension."""
-    given = name.removeprefix("grad ")
-    return given == "o" or is_timed(given, value) or given.startswith(("final_", "initial_"))
+    kind = f"NaN as {', '.join(poison)} of the others" if poison else "other rows"
+    return Situation(
+        "rows apart", f"T = {case.time}, {kind}", case, given=given, compared=first_row
+    )
 
 
 def resets(case: Case, starts: tuple[int, ...]) -> Situation:
