@@ -48,6 +48,12 @@ COMMANDS = {
     "compare": Command(
         "train several mixers alike and report on them", "train.compare", "CompareConfig", "compare"
     ),
+    "verify": Command(
+        "check every form of every mixer against its definition",
+        "train.verify.command",
+        "VerifyConfig",
+        "verify_command",
+    ),
     "info": Command(
         "the machine and the mixers, or one checkpoint", "train.info", "InfoConfig", "info"
     ),
@@ -144,7 +150,7 @@ def _usage() -> str:
         [
             "usage: ebb COMMAND [OPTIONS]",
             "",
-            "Language models without softmax: train, generate, compare.",
+            "Language models without softmax: train, prove, generate, compare.",
             "",
             *lines,
             "",

@@ -71,6 +71,27 @@ class Cell:
         return f"{self.part}, {self.check}, {self.form} form in {self.dtype}: {self.worst}"
 
 
+@dataclass(frozen=True)
+class Report:
+    """What was found."""
+
+    cells: list[Cell]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every cell is within its tolerance."""
+        return all(cell.ok for cell in self.cells)
+
+    @property
+    def worst(self) -> Cell:
+        """The cell that is farthest beyond its tolerance, or nearest to it."""
+        return max(self.cells, key=lambda cell: cell.error / cell.tolerance)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"ok": self.ok, "cells": [cell.to_dict() for cell in self.cells]}
+
+
 def prove(
     subject: Subject,
     dtypes: tuple[torch.dtype, ...],
@@ -210,7 +231,7 @@ def _worst(
 
 def _slopes(subject: Subject) -> Cell:
     """The definition's gradients against finite differences."""
-    case = Case(time=5, decay="weak", state=True, heads=1, key_dim=3, value_dim=5)
+    case = Case(time=4, batch=1, decay="weak", state=True, heads=1, key_dim=3, value_dim=5)
     function = subject.function("recurrent", torch.float64, None)
 
     found = _attempt(
@@ -220,7 +241,7 @@ def _slopes(subject: Subject) -> Cell:
         found = Difference("", torch.inf, f"the definition fails: {found}")
     return Cell(
         subject.name,
-        "finite differences",
+        "slopes",
         "recurrent",
         "float64",
         found.error,

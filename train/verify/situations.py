@@ -120,7 +120,7 @@ def splitting(case: Case, count: int, steps: int = 6) -> list[Situation]:
 
 def _split(case: Case, *places: int) -> Situation:
     return Situation(
-        "split anywhere",
+        "split",
         f"T = {case.time}, cut at {', '.join(map(str, places))}",
         case,
         change=lambda function, _: in_pieces(function, *places),
@@ -131,7 +131,7 @@ def prefill_then_steps(case: Case, steps: int = 4) -> Situation:
     """One pass over nearly all tokens, then the recurrent form, a token at a time."""
     places = range(case.time - steps, case.time)
     return Situation(
-        "prefill, then steps",
+        "prefill + steps",
         f"T = {case.time}, {steps} steps",
         case,
         change=lambda function, recurrent: in_pieces(function, *places, then=recurrent),
