@@ -9,7 +9,15 @@ from functools import cache, partial
 import torch
 
 from model.ops import OPS
-from train.verify.inputs import CASES, DECAYS, Case, arguments, has_heads, make_inputs
+from train.verify.inputs import (
+    CASES,
+    DECAYS,
+    SCORES_TESTED,
+    Case,
+    arguments,
+    has_heads,
+    make_inputs,
+)
 from train.verify.running import (
     TIMED,
     TOLERANCE,
@@ -31,6 +39,7 @@ from train.verify.running import (
 __all__ = [
     "CASES",
     "DECAYS",
+    "SCORES_TESTED",
     "TIMED",
     "TOLERANCE",
     "Case",

@@ -21,7 +21,9 @@ from model import state as states
 from model.config import SIZES
 from model.language_model import LanguageModel
 from model.layers import MIXERS
+from model.layers.attention import AttentionOptions
 from model.ops import FORMS, OPS
+from model.ops.scores import SCORES
 from model.presets import preset
 from train.checkpoint import load_checkpoint
 from train.half_lives import TOKENS, half_lives
@@ -101,6 +103,7 @@ def machine_info() -> dict[str, Any]:
         ],
         "ops": [{"op": name, "forms": ", ".join(FORMS)} for name in OPS],
         "mixers": [_mixer_row(name) for name in MIXERS],
+        "scores of attention": [_score_row(name) for name in SCORES],
     }
 
 
@@ -122,7 +125,7 @@ def checkpoint_info(folder: Path) -> dict[str, Any]:
         "model": {**config, **options, "fingerprint": model.fingerprint()},
         "training": checkpoint.config["train"],
         "parameters": {**parts, "all": model.num_parameters()},
-        "state, batch 1": StateSize.of(model).at_contexts(),
+        "state, batch 1": _model_state(model),
     }
     if lives:
         report["half-lives of the decays in tokens, on the built-in text"] = [
@@ -130,6 +133,19 @@ def checkpoint_info(folder: Path) -> dict[str, Any]:
             for layer, row in enumerate(lives)
         ]
     return report
+
+
+def _model_state(model: LanguageModel) -> dict[str, str]:
+    """The state at several contexts, and where a KV cache would be smaller."""
+    size, options = StateSize.of(model), model.config.options
+    shown = {f"{context:,} tokens": f"{size.at(context):,} bytes" for context in CONTEXTS}
+    if isinstance(options, AttentionOptions) and options.state == "constant":
+        config = dataclasses.replace(
+            model.config, options=dataclasses.replace(options, state="cache")
+        )
+        until = smaller_cache_until(size, StateSize.of(LanguageModel(config)))
+        shown["a KV cache is smaller"] = f"up to {until:,} tokens"
+    return shown
 
 
 class StateSize(NamedTuple):
@@ -154,10 +170,6 @@ class StateSize(NamedTuple):
         """After so many tokens."""
         return self.first + self.growth * (context - 1)
 
-    def at_contexts(self) -> dict[str, str]:
-        """For the tables."""
-        return {f"{context:,} tokens": f"{self.at(context):,} bytes" for context in CONTEXTS}
-
 
 def layer_state(mixer: str) -> StateSize:
     """Of one layer of the micro size, for a mixer as the command line names it."""
@@ -166,18 +178,26 @@ def layer_state(mixer: str) -> StateSize:
 
 
 def mixers_markdown() -> str:
-    """The README's table of mixers, from `MIXERS`."""
-    lines = [
+    """The README's tables of mixers and scores, from `MIXERS` and `SCORES`."""
+    mixers = [
         "| `--mixer` | the recurrence | state of a layer, size `micro` | source |",
         "| --- | --- | --- | --- |",
     ]
     for name, row in MIXERS.items():
-        size = layer_state(name)
-        state = f"{size.growth:,} bytes a token" if size.growth else f"{size.first:,} bytes"
-        number = row.source.removeprefix("arXiv ")
-        link = f"[{row.source}](https://arxiv.org/abs/{number})"
-        lines.append(f"| `{name}` | {row.equation} | {state} | {link} |")
-    return "\n".join(lines)
+        mixers.append(
+            f"| `{name}` | {row.equation} | {_in_words(layer_state(name))} | {_link(row.source)} |"
+        )
+    scores = [
+        "| `--mixer attention:` | weights of a row of t scores s | exact with a constant state | "
+        "source |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, score in SCORES.items():
+        scores.append(
+            f"| `{name}` | {score.equation} | {_constant_state(name) or ''} | "
+            f"{_link(score.source)} |"
+        )
+    return "\n".join([*mixers, "", *scores])
 
 
 def _mixer_row(name: str) -> dict[str, Any]:
@@ -190,6 +210,41 @@ def _mixer_row(name: str) -> dict[str, Any]:
         **{f"layer state, {context}": size for context, size in sizes.items()},
         "source": row.source,
     }
+
+
+def _score_row(name: str) -> dict[str, Any]:
+    """A score of `attention`, and what its state of constant size would be."""
+    score = SCORES[name]
+    return {
+        "attention": name,
+        "weights of t scores s": score.equation,
+        "constant state of a layer": _constant_state(name) or "none",
+        "source": score.source or "",
+    }
+
+
+def _constant_state(score: str) -> str | None:
+    """Its size, and the context up to which a KV cache is smaller; None where there is none."""
+    if not SCORES[score].exact:
+        return None
+    size = layer_state(f"attention:{score}:constant")
+    until = smaller_cache_until(size, layer_state(f"attention:{score}"))
+    return f"{readable_bytes(size.first)}; a KV cache is smaller up to {until:,} tokens"
+
+
+def smaller_cache_until(constant: StateSize, cache: StateSize) -> int:
+    """The longest context at which a state that grows takes no more than one that does not."""
+    return (constant.first - cache.first) // cache.growth + 1
+
+
+def _in_words(size: StateSize) -> str:
+    return f"{size.growth:,} bytes a token" if size.growth else f"{size.first:,} bytes"
+
+
+def _link(source: str | None) -> str:
+    if source is None:
+        return ""
+    return f"[{source}](https://arxiv.org/abs/{source.removeprefix('arXiv ')})"
 
 
 def _readable(value: object) -> str:

@@ -140,7 +140,7 @@ MIXERS = {
         SwiGLU,
         TRANSFORMER,
         "attention",
-        "a score of all tokens so far, rotary positions",
+        "weights of all tokens so far from their scores (below), rotary positions",
         "arXiv 1706.03762",
     ),
 }

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from model import state as states
 from model.language_model import LanguageModel
 from model.layers import MIXERS
+from model.ops.scores import SCORES
 from model.presets import preset
 from train.checkpoint import load_checkpoint
 from train.half_lives import half_lives
-from train.info import layer_state
+from train.info import layer_state, smaller_cache_until
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,19 @@ def test_no_decay_has_no_half_life():
     for mixer in ("linear_transformer", "deltanet", "attention"):
         model = LanguageModel(preset("nano", mixer, 20))
         assert half_lives(model, torch.zeros(1, 2, dtype=torch.long)) == []
+
+
+def test_scores_say_where_a_constant_state_is_the_larger_one(capsys):
+    rows = {row["attention"]: row for row in read(capsys)["scores of attention"]}
+    assert list(rows) == list(SCORES)
+    for name, row in rows.items():
+        assert (row["constant state of a layer"] == "none") == (not SCORES[name].exact)
+    constant, cache = layer_state("attention:taylor:constant"), layer_state("attention:taylor")
+    until = smaller_cache_until(constant, cache)
+    assert f"up to {until:,} tokens" in rows["taylor"]["constant state of a layer"]
+    assert cache.at(until) <= constant.at(until) == constant.first < cache.at(until + 1)
+    width, features = 64, 1 + 64 + 64 * 65 // 2
+    assert constant.first == 4 * features * (width + 1) * 4 + 8
 
 
 @pytest.mark.parametrize("mixer", sorted(MIXERS))

@@ -18,6 +18,7 @@ from helpers import (
 )
 
 from model.ops import FORMS, OPS
+from model.ops.scores import SCORES
 from model.ops.wkv4 import WKV4State
 
 MATRIX_STATE = ("additive", "delta")
@@ -107,6 +108,15 @@ def decay_of_another_channel(function):
     return wrapped
 
 
+def hidden_tokens_counted(function):
+    def wrapped(*, score, **rest):
+        rule = SCORES[score].rule
+        blind = replace(SCORES[score], rule=lambda s, visible: rule(s, torch.ones_like(visible)))
+        return function(score=blind, **rest)
+
+    return wrapped
+
+
 def part_detached(name):
     def plant(function):
         def wrapped(*, initial_state, **rest):
@@ -132,6 +142,10 @@ def gradient_of_largest_lost(function):
         return o, state._replace(max=state.max.detach() + 0 * state.num)
 
     return wrapped
+
+
+def softmax_instead(function):
+    return lambda **inputs: function(**inputs | {"score": "softmax"})
 
 
 WITH_HEADS = tuple(op for op in OPS if has_heads(op))
@@ -165,6 +179,9 @@ VALUE_BUGS = {
     ),
     "initial_state_transposed_in_memory": ("state", transposed_initial_state, MATRIX_STATE),
     "final_state_of_another_common_factor": ("state", another_common_factor, ("wkv4",)),
+    "hidden_tokens_counted": ("score_tanh", hidden_tokens_counted, ("attention",)),
+    "hidden_tokens_summed": ("score_sigmoid_l1", hidden_tokens_counted, ("attention",)),
+    "score_ignored": ("score_softpick", softmax_instead, ("attention",)),
     "output_in_another_dtype": ("plain", wrong_dtype, OPS),
 }
 """The case in which a bug shows, the bug, and the ops that may have it."""

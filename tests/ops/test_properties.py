@@ -50,6 +50,10 @@ every_form_and_case = rows(
     "head_mixed_reset",
     "bonus_mixed_reset",
     "normalize_mixed",
+    "score_square_l1",
+    "score_sigmoid",
+    "score_entmax",
+    "score_user",
     time=37,
 )
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from model.layers import MIXERS
-from model.layers.attention import SCORES
+from model.ops.scores import SCORES
 from model.presets import parse_mixer
 from train.checkpoint import load_checkpoint
 from train.config import at_least
@@ -124,13 +124,14 @@ def progress(display: Display) -> Iterator[Callable[[int, int, str], None]]:
 
 
 def every_mixer() -> list[str]:
-    """All rows of `MIXERS`, those that take a score with each of the scores."""
+    """All rows of `MIXERS`; those that take a score with each score, in each kind of state."""
     names = []
     for name, row in MIXERS.items():
-        takes_score = any(
-            field.name == "score" for field in dataclasses.fields(row.time_mix.Options)
-        )
-        names += [f"{name}:{score}" for score in SCORES] if takes_score else [name]
+        if any(field.name == "score" for field in dataclasses.fields(row.time_mix.Options)):
+            names += [f"{name}:{score}" for score in SCORES]
+            names += [f"{name}:{score}:constant" for score, kind in SCORES.items() if kind.exact]
+        else:
+            names.append(name)
     return names
 
 

@@ -1,13 +1,14 @@
 """The recurrences once more, written out sum by sum: what the recurrent forms are checked against.
 
-Nothing here is computed by `model.ops`, and nothing is fast. Arguments and results are those of the
+Nothing here is computed by `model.ops` but a score's weights, and nothing is fast. Arguments and results are those of the
 recurrent forms, in float64.
 """
 
 import torch
 from torch import Tensor
 
-from model.ops.attention import KVCache
+from model.ops.attention import AnyScore, KVCache
+from model.ops.scores import find_score
 from model.ops.wkv4 import WKV4State
 from train.verify.running import Function
 
@@ -98,11 +99,13 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    score: AnyScore = "softmax",
     scale: float = 1.0,
     reset: Tensor | None = None,
     initial_state: KVCache | None = None,
 ) -> tuple[Tensor, KVCache]:
-    """`o_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij)` over the visible tokens."""
+    """`o_i = sum_j w_ij v_j`, the weights those of exactly the visible scores, in a row alone."""
+    weigh = find_score(score)
     batch, time, heads, _ = k.shape
     outputs, all_keys, all_values, firsts = [], [], [], []
     for row in range(batch):
@@ -117,8 +120,9 @@ def attention(
                 first = cached + t
             seen = slice(first, cached + t + 1)
             for head in range(heads):
-                weights = torch.exp(scale * (keys[seen, head] @ q[row, t, head]))
-                outputs.append(weights @ values[seen, head] / weights.sum())
+                scores = (scale * (keys[seen, head] @ q[row, t, head]))[None, None, None]
+                weights = weigh(scores, torch.ones_like(scores, dtype=torch.bool))[0, 0, 0]
+                outputs.append(weights @ values[seen, head])
         all_keys.append(keys)
         all_values.append(values)
         firsts.append(first)

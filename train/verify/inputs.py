@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops import OPS, Op
-from model.ops.attention import KVCache
+from model.ops.attention import AnyScore, KVCache
+from model.ops.scores import SCORES, entmax, polynomial
 from model.ops.wkv4 import WKV4State
 from train.verify.running import Inputs, cut_time, to_dtype
 
@@ -31,9 +32,23 @@ DECAYS: dict[str, Callable[[Tensor], Tensor]] = {
 AnyOp = str | Op
 """A row of `model.ops.OPS`, by name or itself, or one like it."""
 
-OPTIONAL = ("log_decay", "bonus", "normalize", "scale", "eps", "reset", "initial_state")
+OPTIONAL = ("score", "log_decay", "bonus", "normalize", "scale", "eps", "reset", "initial_state")
 """Arguments that a case decides on. What stands beside them and `DRAWN` needs a default."""
 DRAWN = ("q", "k", "v", "a", "b")
+
+
+def spread(scores: Tensor) -> Tensor:
+    """A score as a user may write it: no mask, but the length of the row counts."""
+    return scores.tanh() * torch.linspace(1, 2, scores.shape[-1], dtype=scores.dtype)
+
+
+SCORES_TESTED: dict[str, AnyScore] = {
+    **{name: name for name in SCORES if name != "softmax"},
+    **{f"polynomial_{order}": polynomial(order) for order in (1, 2, 4)},
+    **{f"entmax_{alpha}": entmax(alpha) for alpha in (1.1, 1.3)},
+    "user": spread,
+}
+"""All but the default, by name: what the attention ops take as `score`."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,7 @@ class Case:
     reset: bool = False
     scale: float = 1.0
     eps: float | None = None
+    score: AnyScore | None = None
     batch: int = 2
     time: int = 17
     heads: int = 2
@@ -68,6 +84,7 @@ class Case:
             per_channel=self.per_channel or not has_heads(op),
             bonus=self.bonus and "bonus" in has and has_heads(op),
             normalize=self.normalize and "normalize" in has,
+            score=self.score if "score" in has else None,
         )
 
 
@@ -98,6 +115,9 @@ CASES = {
     "normalize_bonus_head": Case(
         normalize=True, bonus=True, decay="mixed", per_channel=False, state=True
     ),
+} | {
+    f"score_{name}": Case(score=score, state=True, reset=True, scale=0.35)
+    for name, score in SCORES_TESTED.items()
 }
 
 
@@ -160,6 +180,8 @@ def make_inputs(op: AnyOp, case: Case, dtype: torch.dtype = torch.float64) -> In
         inputs["reset"] = reset
     if case.normalize and case.eps is not None:
         inputs["eps"] = case.eps  # the first token's gradient of q is of the order of eps
+    if case.score is not None:
+        inputs["score"] = case.score
     return inputs | ({"scale": case.scale} if "scale" in arguments(op) else {})
 
 
