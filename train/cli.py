@@ -54,6 +54,12 @@ COMMANDS = {
         "ConvertConfig",
         "convert",
     ),
+    "verify": Command(
+        "check every form of every mixer against its definition",
+        "train.verify.command",
+        "VerifyConfig",
+        "verify_command",
+    ),
     "info": Command(
         "the machine and the mixers, or one checkpoint", "train.info", "InfoConfig", "info"
     ),
@@ -150,7 +156,7 @@ def _usage() -> str:
         [
             "usage: ebb COMMAND [OPTIONS]",
             "",
-            "Language models without softmax: train, generate, compare.",
+            "Language models without softmax: train, prove, generate, compare.",
             "",
             *lines,
             "",
