@@ -76,10 +76,9 @@ def status() -> str:
     return reason if found is None else f"native, {found.instruction_set()}"
 
 
-def call(name: str, dtype: torch.dtype, *structures: ctypes.Structure) -> None:
+def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
     """Calls a function of the library, on as many threads as PyTorch uses."""
-    function = library().function(name, dtype)
-    if function(*map(ctypes.byref, structures), torch.get_num_threads()):
+    if library().function(name, dtype)(*arguments, torch.get_num_threads()):
         raise MemoryError("the native kernels found no memory for their scratch")
 
 
