@@ -13,7 +13,7 @@ from torch import Tensor
 from model.ops import additive, delta
 from model.ops.decay import state_dtype
 from model.ops.native.decays import decays_now, decays_op
-from model.ops.native.library import is_available, library, status
+from model.ops.native.loading import is_available, library, status
 from model.ops.native.scan import scan_now, scan_op
 from model.ops.native.wkv4 import wkv4_now, wkv4_op
 from model.ops.wkv4 import WKV4State

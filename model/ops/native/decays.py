@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.ops.native.library import call
+from model.ops.native.loading import call
 
 
 def decays_now(log_decay: Tensor) -> Tensor:
@@ -47,7 +47,8 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 def _backward(ctx: Any, for_decay: Tensor) -> Tensor:
     """That of exp, which is 0 for -inf."""
     (decay,) = ctx.saved_tensors
-    return for_decay * decay
+    gradient: Tensor = for_decay * decay
+    return gradient
 
 
 decays_op.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.ops.native.library import (
+from model.ops.native.loading import (
     call,
     contiguous,
     library,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.ops.native.library import call, contiguous, pointer, refuse_second_derivative
+from model.ops.native.loading import call, contiguous, pointer, refuse_second_derivative
 
 CHUNK = 32
 """Tokens between two states that the forward pass keeps for the backward pass."""
