@@ -48,6 +48,31 @@ def interpolations(x: Tensor, last: Tensor, mix: Tensor, reset: Tensor | None) -
     return [torch.addcmul(x, difference, row) for row in mix.unbind()]
 
 
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm (arXiv 1607.06450), or without a bias RMSNorm (arXiv 1910.07467).
+
+    Args:
+        x: `[..., D]`.
+        weight: `[D]`.
+        bias: `[D]` or None.
+        eps: added to the variance, or to the mean of the squares.
+
+    Returns:
+        `[..., D]`.
+    """
+    if bias is None:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def norm_of_sum(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`norm(x + y)`, and `x + y` itself."""
+    total = x + y
+    return norm(total, weight, bias, eps), total
+
+
 class RWKV7Inputs(NamedTuple):
     """What the delta recurrence takes, and its value; all `[B, T, D]`."""
 

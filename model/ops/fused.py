@@ -19,6 +19,8 @@ __all__ = [
     "RWKV7Inputs",
     "gated_head_norm",
     "interpolations",
+    "norm",
+    "norm_of_sum",
     "rwkv7_inputs",
     "squared_relu",
     "swiglu",
@@ -64,6 +66,25 @@ def interpolations(x: Tensor, last: Tensor, mix: Tensor, reset: Tensor | None) -
     if not _is_native((x, last, mix)):
         return elementwise.interpolations(x, last, mix, reset)
     return _run("shift", (x, last, mix), reset)
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm, or without a bias RMSNorm; `elementwise.norm`."""
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    if x.dim() != 3 or not _is_native(tensors):
+        return elementwise.norm(x, weight, bias, eps)
+    return _run("norm", tensors, eps=eps)[0]
+
+
+def norm_of_sum(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`norm(x + y)`, and `x + y` itself; `elementwise.norm_of_sum`."""
+    tensors = [x, y, weight] if bias is None else [x, y, weight, bias]
+    if x.dim() != 3 or not _is_native(tensors):
+        return elementwise.norm_of_sum(x, y, weight, bias, eps)
+    normed, total = _run("norm", tensors, eps=eps, choice=1)
+    return normed, total
 
 
 def rwkv7_inputs(

@@ -6,9 +6,11 @@
 #include <cmath>
 #include <cstdlib>
 #include <memory>
+#include <type_traits>
 
 #include "rows.h"
 #include "scan.h"
+#include "wkv4.h"
 
 template <class Real>
 using Index = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
@@ -69,7 +71,7 @@ Real* scratch(int64_t count) {
   };
   thread_local std::unique_ptr<void, Free> memory;
   thread_local int64_t size = 0;
-  const int64_t needed = (count * int64_t(sizeof(Real)) + 63) / 64 * 64;
+  const int64_t needed = (std::max<int64_t>(count, 1) * int64_t(sizeof(Real)) + 63) / 64 * 64;
   if (needed > size) {
     memory.reset(std::aligned_alloc(64, needed));
     size = memory ? needed : 0;
@@ -79,21 +81,47 @@ Real* scratch(int64_t count) {
 }
 
 template <class Real>
-int forward(const Scan<Real>& s, int threads) {
-  const auto& kernels = scan_kernels<Real>();
-  const auto kernel = kernels.forward[kernels.kind(s)];
-  const int64_t panels = kernels.forward_panels(s), items = s.batch * s.heads * panels;
+const DecayKernels<Real>& decay_kernels() {
+#if defined(__x86_64__)
+  if (chosen == AVX512) return avx512::DECAY_KERNELS<Real>;
+  if (chosen == AVX2) return avx2::DECAY_KERNELS<Real>;
+#endif
+  return baseline::DECAY_KERNELS<Real>;
+}
+
+const Wkv4Kernels& wkv4_kernels() {
+#if defined(__x86_64__)
+  if (chosen == AVX512) return avx512::WKV4_KERNELS;
+  if (chosen == AVX2) return avx2::WKV4_KERNELS;
+#endif
+  return baseline::WKV4_KERNELS;
+}
+
+// Calls work(item, memory) for every item, each thread with `count` numbers of scratch of its own.
+// Returns 0, or 1 where there was no memory for them.
+template <class Real, class Work>
+int for_all(int64_t items, int threads, int64_t count, const Work& work) {
   const int team = int(std::max<int64_t>(std::min<int64_t>(threads, items), 1));
   int failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1) reduction(| : failed)
   for (int64_t item = 0; item < items; ++item) {
-    Real* const memory = scratch<Real>(kernels.forward_scratch(s));
+    Real* const memory = scratch<Real>(count);
     if (memory)
-      kernel(s, item / panels, item % panels, memory);
+      work(item, memory);
     else
       failed = 1;
   }
   return failed;
+}
+
+template <class Real>
+int forward(const Scan<Real>& s, int threads) {
+  const auto& kernels = scan_kernels<Real>();
+  const auto kernel = kernels.forward[kernels.kind(s)];
+  const int64_t panels = kernels.forward_panels(s), items = s.batch * s.heads * panels;
+  return for_all<Real>(items, threads, kernels.forward_scratch(s), [&](int64_t item, Real* memory) {
+    kernel(s, item / panels, item % panels, memory);
+  });
 }
 
 template <class Real>
@@ -101,46 +129,64 @@ int backward(const Scan<Real>& s, const ScanGradient<Real>& d, int threads) {
   const auto& kernels = scan_kernels<Real>();
   const auto kernel = kernels.backward[kernels.kind(s)];
   const int64_t panels = kernels.backward_panels(s), items = s.batch * s.heads * d.parts;
-  const int team = int(std::max<int64_t>(std::min<int64_t>(threads, items), 1));
-  int failed = 0;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1) reduction(| : failed)
-  for (int64_t item = 0; item < items; ++item) {
-    Real* const memory = scratch<Real>(kernels.backward_scratch(s));
+  return for_all<Real>(items, threads, kernels.backward_scratch(s), [&](int64_t item, Real* memory) {
     const int64_t index = item / d.parts, part = item % d.parts;
-    if (!memory)
-      failed = 1;
-    else if (d.parts > 1)
+    if (d.parts > 1)
       kernel(s, d, index, part, part, memory);
     else
       for (int64_t panel = 0; panel < panels; ++panel) kernel(s, d, index, panel, 0, memory);
-  }
-  return failed;
+  });
+}
+
+template <class Real>
+int decays(const Real* log_decay, Real* decay, int64_t batch, int64_t time, int64_t channels,
+           int threads) {
+  const auto& kernels = decay_kernels<Real>();
+  const int64_t blocks = (channels + kernels.channels - 1) / kernels.channels;
+  return for_all<Real>(batch * blocks, threads, 0, [&](int64_t item, Real*) {
+    const int64_t channel = item % blocks * kernels.channels;
+    const int64_t at = item / blocks * time * channels + channel;
+    kernels.run(log_decay + at, decay + at, time, channels, channels - channel);
+  });
+}
+
+int forward(const Wkv4& x, int threads) {
+  const auto& kernels = wkv4_kernels();
+  const int64_t blocks = (x.width + kernels.channels - 1) / kernels.channels;
+  return for_all<double>(x.batch * blocks, threads, 0, [&](int64_t item, double*) {
+    kernels.forward(x, item / blocks, item % blocks * kernels.channels);
+  });
+}
+
+int backward(const Wkv4& x, const Wkv4Gradient& d, int threads) {
+  const auto& kernels = wkv4_kernels();
+  const int64_t blocks = (x.width + kernels.channels - 1) / kernels.channels;
+  const int64_t count = 3 * x.chunk * kernels.channels;
+  return for_all<double>(x.batch * blocks, threads, count, [&](int64_t item, double* memory) {
+    kernels.backward(x, d, item / blocks, item % blocks * kernels.channels, memory);
+  });
 }
 
 template <class Real>
 const RowKernel<Real>* row_kernels() {
 #if defined(__x86_64__)
-  if (chosen == AVX512) return avx512::ROW_KERNEL_TABLE<Real>;
-  if (chosen == AVX2) return avx2::ROW_KERNEL_TABLE<Real>;
+  if (chosen == AVX512) return avx512::ROW_KERNELS<Real>;
+  if (chosen == AVX2) return avx2::ROW_KERNELS<Real>;
 #endif
-  return baseline::ROW_KERNEL_TABLE<Real>;
+  return baseline::ROW_KERNELS<Real>;
 }
 
-// Numbers in a tensor from which on a second thread is worth waking.
-constexpr int64_t ENOUGH_FOR_THREADS = 16384;
-
 template <class Real>
-void run_rows(const Rows<Real>& s, int kernel, int threads) {
+int run_rows(const Rows<Real>& s, int kernel, int threads) {
   const RowKernel<Real> run = row_kernels<Real>()[kernel];
   const int64_t rows = s.rows(), blocks = (rows + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK;
-  const bool is_large = rows * s.width() >= ENOUGH_FOR_THREADS;
-  const int team = is_large ? int(std::max<int64_t>(std::min<int64_t>(threads, blocks), 1)) : 1;
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-  for (int64_t block = 0; block < blocks; ++block) {
+  // What is small is done before a second thread is awake.
+  if (rows * s.width() < 16384) threads = 1;
+  return for_all<Real>(blocks, threads, 0, [&](int64_t block, Real*) {
     Real* const sums = s.sums ? s.sums + block * s.sums_width : nullptr;
     if (sums) std::fill_n(sums, s.sums_width, Real(0));
     run(s, block * ROWS_PER_BLOCK, std::min(rows, (block + 1) * ROWS_PER_BLOCK), sums);
-  }
+  });
 }
 
 }  // namespace
@@ -182,11 +228,23 @@ EBB_EXPORT int ebb_scan_backward_f64(const Scan<double>* s, const ScanGradient<d
                                      int threads) {
   return backward(*s, *d, threads);
 }
-EBB_EXPORT int64_t ebb_rows_per_block() { return ROWS_PER_BLOCK; }
-EBB_EXPORT void ebb_rows_f32(const Rows<float>* s, int kernel, int threads) {
-  run_rows(*s, kernel, threads);
+EBB_EXPORT int ebb_decays_f32(const float* log_decay, float* decay, int64_t batch, int64_t time,
+                              int64_t channels, int threads) {
+  return decays(log_decay, decay, batch, time, channels, threads);
 }
-EBB_EXPORT void ebb_rows_f64(const Rows<double>* s, int kernel, int threads) {
-  run_rows(*s, kernel, threads);
+EBB_EXPORT int ebb_decays_f64(const double* log_decay, double* decay, int64_t batch, int64_t time,
+                              int64_t channels, int threads) {
+  return decays(log_decay, decay, batch, time, channels, threads);
+}
+EBB_EXPORT int ebb_wkv4_forward_f64(const Wkv4* x, int threads) { return forward(*x, threads); }
+EBB_EXPORT int ebb_wkv4_backward_f64(const Wkv4* x, const Wkv4Gradient* d, int threads) {
+  return backward(*x, *d, threads);
+}
+EBB_EXPORT int64_t ebb_rows_per_block() { return ROWS_PER_BLOCK; }
+EBB_EXPORT int ebb_rows_f32(const Rows<float>* s, int kernel, int threads) {
+  return run_rows(*s, kernel, threads);
+}
+EBB_EXPORT int ebb_rows_f64(const Rows<double>* s, int kernel, int threads) {
+  return run_rows(*s, kernel, threads);
 }
 }

@@ -36,7 +36,9 @@ enum {
   SQUARED_RELU_BACKWARD,
   SWIGLU_FORWARD,
   SWIGLU_BACKWARD,
-  ROW_KERNELS
+  NORM_FORWARD,
+  NORM_BACKWARD,
+  NUM_ROW_KERNELS
 };
 
 // One for each entry of the enumeration: rows begin to end, and the block's sums, zeros.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.ops.native.library import library, pointer
+from model.ops.native.loading import call, library, pointer, refuse_second_derivative
 
 PARAMETERS: dict[str, tuple[int, ...]] = {
     "shift": (2,),
@@ -20,19 +20,23 @@ PARAMETERS: dict[str, tuple[int, ...]] = {
     "head_norm": (2, 3, 7),
     "squared_relu": (),
     "swiglu": (),
+    "norm": (1, 2),
 }
-"""The kernels in the order of rows.h, and which of their inputs are the same for all rows."""
+"""The kernels in the order of rows.h, and which of their inputs are the same for all rows.
+
+For a norm these are the inputs of its backward pass, where a sum stands in the place of its terms.
+"""
 
 MOST_INPUTS, MOST_OUTPUTS = 12, 8
 
 
-def num_outputs(kernel: str, tensors: Sequence[Tensor]) -> int:
+def num_outputs(kernel: str, tensors: Sequence[Tensor], choice: int) -> int:
     """How many tensors `[B, T, D]` a kernel makes of these."""
     if kernel == "shift":
         return tensors[2].shape[0]
     if kernel == "rwkv7":
         return 4 if len(tensors) == 7 else 5
-    return 1
+    return 2 if kernel == "norm" and choice else 1
 
 
 class _Rows(ctypes.Structure):
@@ -79,8 +83,7 @@ def _run(
         pointer(sums),
     )
     index = 2 * list(PARAMETERS).index(kernel) + bool(cotangents)
-    run = library().function("rows", tensors[0].dtype)
-    run(ctypes.byref(arguments), index, torch.get_num_threads())
+    call("rows", tensors[0].dtype, ctypes.byref(arguments), index)
 
 
 def rows_now(
@@ -118,7 +121,7 @@ def _like(
     choice: int,
 ) -> list[Tensor]:
     shape = tensors[0].shape
-    return [tensors[0].new_empty(shape) for _ in range(num_outputs(kernel, tensors))]
+    return [tensors[0].new_empty(shape) for _ in range(num_outputs(kernel, tensors, choice))]
 
 
 rows = torch.library.custom_op("ebb::rows", rows_now, mutates_args=())
@@ -162,8 +165,15 @@ def _gradients_like(
     return [*out, tensors[0].new_empty(size)]
 
 
+def _is_norm_of_sum(kernel: str, choice: int) -> bool:
+    return kernel == "norm" and choice == 1
+
+
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.kernel, tensors, reset, *ctx.settings = inputs
+    ctx.sums = _is_norm_of_sum(ctx.kernel, inputs[-1])
+    if ctx.sums:
+        tensors = [output[1], *tensors[2:]]
     ctx.save_for_backward(*tensors, *(() if reset is None else (reset,)))
     ctx.count = len(tensors)
 
@@ -178,12 +188,10 @@ def _backward(ctx: Any, cotangents: list[Tensor]) -> tuple[Any, ...]:
             begin += tensor.numel()
         else:
             gradients.append(out.pop(0))
+    if ctx.sums:  # both terms have the gradient of their sum
+        gradients.insert(0, gradients[0])
     return (None, gradients, None, None, None, None)
 
 
-def _refuse(ctx: Any, *gradients: Any) -> None:
-    raise NotImplementedError("the native kernels have no second derivative")
-
-
 rows.register_autograd(_backward, setup_context=_keep_for_backward)
-rows_backward.register_autograd(_refuse)
+rows_backward.register_autograd(refuse_second_derivative)

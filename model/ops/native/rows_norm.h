@@ -1,124 +1,80 @@
-// The norm over each head, a token's own value beside it, and the gate:
-//   y = ((o - mean) / sqrt(var + eps) weight + bias + (sum_K r k bonus) v) gate.
+// The norm over a row, after a sum where two tensors are given: LayerNorm, or without a bias RMSNorm.
 // Included once for each instruction set.
 
-// in: o, gate [B, T, D], weight, bias [D], and, where a token's own value counts, r, k, v [B, T, D]
-// and bonus [D].
 template <class Real>
-struct Normed {
-  const Real *o, *gate, *weight, *bias, *r, *k, *v, *bonus;
-  EBB_INLINE Normed(const Rows<Real>& s, int64_t at, int64_t channel)
-      : o(s.in[0] + at),
-        gate(s.in[1] + at),
-        weight(s.in[2] + channel),
-        bias(s.in[3] + channel),
-        r(s.in[4] + at),
-        k(s.in[5] + at),
-        v(s.in[6] + at),
-        bonus(s.in[7] + channel) {}
+struct Scaling {
+  Real mean, inverse;  // inverse: of the deviation
 };
 
 template <class Real>
-EBB_INLINE bool has_own(const Rows<Real>& s) {
-  return s.num_inputs > 4;
-}
-
-template <class Real>
-struct Moments {
-  Real mean, inverse, own;  // inverse: of the deviation
-};
-
-template <class Real>
-EBB_INLINE Moments<Real> moments(const Rows<Real>& s, const Normed<Real>& x) {
-  const int64_t K = s.head_dim;
-  Vector<Real> sum = {}, own = {}, squares = {};
-  for (int64_t c = 0; c < K; c += LANES<Real>) {
-    const int64_t n = K - c;
-    sum += load_some(x.o + c, n);
-    if (has_own(s))
-      own += load_some(x.r + c, n) * load_some(x.k + c, n) * load_some(x.bonus + c, n);
-  }
-  const Real mean = sum_lanes<Real>(sum) / K;
-  for (int64_t c = 0; c < K; c += LANES<Real>) {
-    Vector<Real> centred = load_some(x.o + c, K - c) - mean;
-    if (K - c < LANES<Real>)
-      for (int64_t i = K - c; i < LANES<Real>; ++i) centred[i] = 0;
+EBB_INLINE Scaling<Real> scaling(const Rows<Real>& s, const Real* x, bool centres) {
+  const int64_t D = s.width();
+  Vector<Real> sum = {}, squares = {};
+  if (centres)
+    for (int64_t c = 0; c < D; c += LANES<Real>) sum += load_some(x + c, D - c);
+  const Real mean = sum_lanes<Real>(sum) / D;
+  for (int64_t c = 0; c < D; c += LANES<Real>) {
+    const Vector<Real> centred = first_lanes<Real>(load_some(x + c, D - c) - mean, D - c);
     squares += centred * centred;
   }
-  const Real variance = sum_lanes<Real>(squares) / K;
-  return {mean, Real(1 / std::sqrt(variance + Real(s.eps))), sum_lanes<Real>(own)};
+  return {mean, Real(1 / std::sqrt(sum_lanes<Real>(squares) / D + Real(s.eps)))};
 }
 
-// out: y. By choice the gate is the silu of what is given.
+// in: x, by choice y, [B, T, D], then weight and perhaps bias, [D]; out: norm(x), by choice
+// norm(x + y) and x + y.
 template <class Real>
-EBB_TARGET void head_norm_forward(const Rows<Real>& s, int64_t begin, int64_t end, Real*) {
-  using V = Vector<Real>;
-  const int64_t K = s.head_dim, D = s.width();
-  for (int64_t item = begin * s.heads; item < end * s.heads; ++item) {
-    const int64_t at = item * K;
-    const Normed<Real> x(s, at, at % D);
-    const Moments<Real> found = moments(s, x);
-    for (int64_t c = 0; c < K; c += LANES<Real>) {
-      const int64_t n = K - c;
-      const V normed = (load_some(x.o + c, n) - found.mean) * found.inverse;
-      V y = normed * load_some(x.weight + c, n) + load_some(x.bias + c, n);
-      if (has_own(s)) y += load_some(x.v + c, n) * found.own;
-      V gate = load_some(x.gate + c, n);
-      if (s.choice) gate *= sigmoid<Real>(gate);
-      store_some<Real>(s.out[0] + at + c, y * gate, n);
+EBB_TARGET void norm_forward(const Rows<Real>& s, int64_t begin, int64_t end, Real*) {
+  const int64_t D = s.width();
+  const Real *const weight = s.in[1 + s.choice], *const bias = s.in[2 + s.choice];
+  const bool has_bias = s.num_inputs > 2 + s.choice;
+  for (int64_t row = begin; row < end; ++row) {
+    const Real* x = s.in[0] + row * D;
+    if (s.choice) {
+      Real* const sum = s.out[1] + row * D;
+      for (int64_t c = 0; c < D; c += LANES<Real>)
+        store_some<Real>(sum + c, load_some(x + c, D - c) + load_some(s.in[1] + row * D + c, D - c),
+                         D - c);
+      x = sum;
+    }
+    const Scaling<Real> by = scaling(s, x, has_bias);
+    for (int64_t c = 0; c < D; c += LANES<Real>) {
+      const int64_t n = D - c;
+      Vector<Real> y = (load_some(x + c, n) - by.mean) * by.inverse * load_some(weight + c, n);
+      if (has_bias) y += load_some(bias + c, n);
+      store_some<Real>(s.out[0] + row * D + c, y, n);
     }
   }
 }
 
-// out and sums: the gradients of what forward takes, in its order.
+// in: what was normalised, weight, perhaps bias; cotangents: of the norm, and, where num_cotangents
+// is 2, of the sum itself. out: of what was normalised; sums: of weight and bias.
 template <class Real>
-EBB_TARGET void head_norm_backward(const Rows<Real>& s, int64_t begin, int64_t end, Real* sums) {
+EBB_TARGET void norm_backward(const Rows<Real>& s, int64_t begin, int64_t end, Real* sums) {
   using V = Vector<Real>;
-  const int64_t K = s.head_dim, D = s.width();
-  for (int64_t item = begin * s.heads; item < end * s.heads; ++item) {
-    const int64_t at = item * K, channel = at % D;
-    const Normed<Real> x(s, at, channel);
-    const Moments<Real> found = moments(s, x);
-    Real *const for_o = s.out[0] + at, *const of = sums + channel;
-    V sum = {}, along = {}, own = {};
-    for (int64_t c = 0; c < K; c += LANES<Real>) {
-      const int64_t n = K - c;
-      const V normed = (load_some(x.o + c, n) - found.mean) * found.inverse;
-      const V raw = load_some(x.gate + c, n), weight = load_some(x.weight + c, n);
-      const V cotangent = load_some(s.cotangents[0] + at + c, n);
-      V y = normed * weight + load_some(x.bias + c, n), gate = raw, slope = splat<Real>(1);
-      if (has_own(s)) y += load_some(x.v + c, n) * found.own;
-      if (s.choice) {
-        const V opened = sigmoid<Real>(raw);
-        gate = raw * opened;
-        slope = opened + gate * (Real(1) - opened);
-      }
-      const V inner = cotangent * gate;
-      store_some<Real>(s.out[1] + at + c, cotangent * y * slope, n);
-      store_some<Real>(for_o + c, inner, n);  // until the sums over the head are known
-      add_some<Real>(of + c, inner * normed, n);
-      add_some<Real>(of + D + c, inner, n);
-      sum += inner * weight;
-      along += inner * weight * normed;
-      if (has_own(s)) own += inner * load_some(x.v + c, n);
+  const int64_t D = s.width();
+  const Real* const weight = s.in[1];
+  const bool has_bias = s.num_inputs > 2;
+  for (int64_t row = begin; row < end; ++row) {
+    const Real *const x = s.in[0] + row * D, *const cotangent = s.cotangents[0] + row * D;
+    const Scaling<Real> by = scaling(s, x, has_bias);
+    V sum = {}, along = {};
+    for (int64_t c = 0; c < D; c += LANES<Real>) {
+      const int64_t n = D - c;
+      const V normed = (load_some(x + c, n) - by.mean) * by.inverse, own = load_some(cotangent + c, n);
+      const V inner = own * load_some(weight + c, n);
+      add_some<Real>(sums + c, own * normed, n);
+      if (has_bias) add_some<Real>(sums + D + c, own, n);
+      sum += inner;
+      along += inner * normed;
     }
-    const Real mean = sum_lanes<Real>(sum) / K, slope = sum_lanes<Real>(along) / K;
-    const Real for_own = sum_lanes<Real>(own);
-    for (int64_t c = 0; c < K; c += LANES<Real>) {
-      const int64_t n = K - c;
-      const V normed = (load_some(x.o + c, n) - found.mean) * found.inverse;
-      const V inner = load_some(for_o + c, n);
-      store_some<Real>(
-          for_o + c,
-          (inner * load_some(x.weight + c, n) - mean - normed * slope) * found.inverse, n);
-      if (has_own(s)) {
-        const V r = load_some(x.r + c, n) * for_own, k = load_some(x.k + c, n);
-        const V bonus = load_some(x.bonus + c, n);
-        store_some<Real>(s.out[2] + at + c, k * bonus * for_own, n);
-        store_some<Real>(s.out[3] + at + c, r * bonus, n);
-        store_some<Real>(s.out[4] + at + c, inner * found.own, n);
-        add_some<Real>(of + 2 * D + c, r * k, n);
-      }
+    const Real mean = has_bias ? sum_lanes<Real>(sum) / D : 0, slope = sum_lanes<Real>(along) / D;
+    for (int64_t c = 0; c < D; c += LANES<Real>) {
+      const int64_t n = D - c;
+      const V normed = (load_some(x + c, n) - by.mean) * by.inverse;
+      const V inner = load_some(cotangent + c, n) * load_some(weight + c, n);
+      V gradient = (inner - mean - normed * slope) * by.inverse;
+      if (s.num_cotangents > 1) gradient += load_some(s.cotangents[1] + row * D + c, n);
+      store_some<Real>(s.out[0] + row * D + c, gradient, n);
     }
   }
 }

@@ -23,14 +23,14 @@ struct Stretch {
   Real *padded;   // [5, keys]: q, k, a, b and decay where they must be copied
   Real *rows;     // [2, lanes, lanes]
   Real *removed;  // [columns]: gradient of what was removed
+  Real *scaled;   // [columns]: cotangent of o times scale
 };
 
 // Vectors along K, whole ones; numbers along V.
 template <class Real>
 struct Inputs {
   const Real *q, *k, *a, *b, *decay;
-  const Real *v, *removed, *cotangent;
-  Real scale;
+  const Real *v, *removed, *cotangent;  // the cotangent times scale
 };
 
 // What a loop over rows sums up, in the order of Stretch::sums.
@@ -40,8 +40,12 @@ template <class Real, bool DELTA>
 EBB_INLINE Inputs<Real> inputs_at(const Stretch<Real>& p, int64_t t) {
   const Token<Real> x = token_at(p.s, p.h, t);
   const int64_t at = p.h.value_offset + t * p.h.value_step + p.column, K = p.s.key_dim;
-  Inputs<Real> y{x.q, x.k, x.a, x.b, x.decay, p.s.v + at, nullptr, p.d.o + at, Real(p.s.scale)};
+  Inputs<Real> y{x.q, x.k, x.a, x.b, x.decay, p.s.v + at, nullptr, p.d.o + at};
   if (DELTA) y.removed = p.s.removed + at;
+  if (p.s.scale != 1) {
+    for (int64_t r = 0; r < p.columns; ++r) p.scaled[r] = y.cotangent[r] * Real(p.s.scale);
+    y.cotangent = p.scaled;
+  }
   const Real** const vectors[] = {&y.q, &y.k, &y.a, &y.b};
   if (K != p.keys)
     for (int n = 0; n < (DELTA ? 4 : 2); ++n) {
@@ -57,10 +61,22 @@ EBB_INLINE Inputs<Real> inputs_at(const Stretch<Real>& p, int64_t t) {
   return y;
 }
 
-// Loads a value that all lanes share.
-template <class Real>
-EBB_INLINE Vector<Real> all(Real x) {
-  return Vector<Real>{} + x;
+// Fetches what a token reads: tokens of a head stand too far apart for the hardware to foresee.
+template <class Real, bool DELTA>
+EBB_INLINE void expect(const Stretch<Real>& p, int64_t t) {
+  const int64_t line = 64 / sizeof(Real), key = p.h.key_offset + t * p.h.key_step;
+  const int64_t value = p.h.value_offset + t * p.h.value_step + p.column;
+  for (int64_t i = 0; i < p.s.key_dim; i += line) {
+    __builtin_prefetch(p.s.k + key + i);
+    if (DELTA) __builtin_prefetch(p.s.b + key + i);
+    if (p.s.decay_channels > 1) __builtin_prefetch(p.s.decay + key + i);
+    __builtin_prefetch(p.d.q + key + i, 1);
+  }
+  for (int64_t i = 0; i < p.columns; i += line) {
+    __builtin_prefetch(p.s.v + value + i);
+    __builtin_prefetch(p.d.o + value + i);
+    if (DELTA) __builtin_prefetch(p.s.removed + value + i);
+  }
 }
 
 template <class Real, int NV>
@@ -86,7 +102,7 @@ EBB_INLINE void advance(const Stretch<Real>& p, const Inputs<Real>& x, int64_t k
   clear<Real>(for_q);
   for (int64_t r = 0; r < p.columns; ++r) {
     const int64_t at = r * p.keys + key;
-    const Real v = x.v[r], cotangent = x.cotangent[r] * x.scale;
+    const Real v = x.v[r], cotangent = x.cotangent[r];
     const Real removed = DELTA ? x.removed[r] : 0;
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
@@ -122,7 +138,7 @@ EBB_INLINE void through_write(const Stretch<Real>& p, const Inputs<Real>& x, int
   for (int64_t r = 0; r < count; ++r) {
     Real* const G = p.G + (row + r) * p.keys + key;
     const Real* const old = S + (row + r) * p.keys + key;
-    const Real v = x.v[row + r], cotangent = x.cotangent[row + r] * x.scale;
+    const Real v = x.v[row + r], cotangent = x.cotangent[row + r];
     const Real removed = DELTA ? x.removed[row + r] : 0;
     V for_v{}, for_removed{};
 #pragma GCC unroll 4
@@ -196,7 +212,16 @@ template <class Real>
 EBB_INLINE void put(const Stretch<Real>& p, Real* to, int64_t offset, int which) {
   const Real* const sums = p.sums + which * p.keys;
   to += p.part * p.s.keys() + offset;
-  for (int64_t i = 0; i < p.s.key_dim; ++i) to[i] = p.add ? to[i] + sums[i] : sums[i];
+  constexpr int lanes = LANES<Real>;
+  for (int64_t i = 0; i < p.s.key_dim; i += lanes) {
+    const int64_t count = p.s.key_dim - i;
+    Vector<Real> x[1] = {load(sums + i)}, old[1];
+    if (p.add) {
+      load<Real>(old, to + i, count);
+      x[0] += old[0];
+    }
+    store<Real>(to + i, x, count);
+  }
 }
 
 template <class Real>
@@ -218,7 +243,7 @@ EBB_INLINE void through_bonus(const Stretch<Real>& p, const Inputs<Real>& x, Rea
   const int64_t K = p.s.key_dim;
   const Real* const u = p.s.bonus + p.h.head * K;
   Real own = 0, weight = 0;
-  for (int64_t r = 0; r < p.columns; ++r) own += x.v[r] * x.cotangent[r] * x.scale;
+  for (int64_t r = 0; r < p.columns; ++r) own += x.v[r] * x.cotangent[r];
   for (int64_t i = 0; i < K; ++i) weight += x.q[i] * u[i] * x.k[i];
   double* const to = p.d.bonus + (p.part * p.s.batch * p.s.heads + p.h.index) * K;
   for (int64_t i = 0; i < K; ++i) {
@@ -226,7 +251,7 @@ EBB_INLINE void through_bonus(const Stretch<Real>& p, const Inputs<Real>& x, Rea
     p.sums[FOR_K * p.keys + i] += own * u[i] * x.q[i];
     to[i] += double(own * x.q[i] * x.k[i]);
   }
-  for (int64_t r = 0; r < p.columns; ++r) for_v[r] += weight * x.cotangent[r] * x.scale;
+  for (int64_t r = 0; r < p.columns; ++r) for_v[r] += weight * x.cotangent[r];
 }
 
 // One token back: G, the gradient of the state after it, becomes that of the state before it, S.
@@ -279,6 +304,7 @@ EBB_INLINE void backward_stretch(const Stretch<Real>& p) {
       if (starts(s, p.h, t)) __builtin_memset(S, 0, sizeof(Real) * size);
       EBB_FOR_ALL_KEYS((advance<Real, NV, DELTA, BONUS>(p, x, key, S, S + size)))
       put(p, p.d.q, p.h.key_offset + t * p.h.key_step, FOR_Q);
+      if (t + 2 < end) expect<Real, DELTA>(p, t + 2);
     }
     for (int64_t t = end - 1; t >= begin; --t) {
       step_back<Real, DELTA, BONUS>(p, t, p.states + (t - begin) * size);
@@ -296,7 +322,7 @@ int64_t keys_in_vectors(const Scan<Real>& s) {
 template <class Real>
 int64_t backward_scratch(const Scan<Real>& s) {
   const int64_t keys = keys_in_vectors(s), lanes = LANES<Real>;
-  return (s.chunk + 2) * STRETCH * keys + 10 * keys + 2 * lanes * lanes + STRETCH;
+  return (s.chunk + 2) * STRETCH * keys + 10 * keys + 2 * lanes * lanes + 2 * STRETCH;
 }
 
 template <class Real>
@@ -313,11 +339,12 @@ EBB_TARGET void scan_backward(const Scan<Real>& s, const ScanGradient<Real>& d, 
   Real* const sums = states + (s.chunk + 1) * STRETCH * keys;
   Real* const padded = sums + 5 * keys;
   Real* const rows = padded + 5 * keys;
+  Real* const removed = rows + 2 * LANES<Real> * LANES<Real>;
   __builtin_memset(padded, 0, sizeof(Real) * 5 * keys);
   backward_stretch<Real, DELTA, BONUS>(
       {s, d, Head<Real>(s, index), column, left < STRETCH ? left : STRETCH, part,
        part == 0 && panel > 0, keys, scratch, states, sums, padded, rows,
-       rows + 2 * LANES<Real> * LANES<Real>});
+       removed, removed + STRETCH});
 }
 
 template <class Real>
