@@ -29,11 +29,15 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
-        y = self.product(x)
+        y = self._product(x)
         return y if self.bias is None else y + self.bias
 
-    def product(self, x: Tensor) -> Tensor:
-        """`activation(x down) up`, for those who add the bias themselves."""
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`activation(x down) up [..., out]` and the bias `[out]`, for those who add it later."""
+        assert self.bias is not None
+        return self._product(x), self.bias
+
+    def _product(self, x: Tensor) -> Tensor:
         hidden = x @ self.down
         if self.activation is not None:
             hidden = self.activation(hidden)

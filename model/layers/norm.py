@@ -57,9 +57,7 @@ class HeadNorm(nn.Module):
         self, x: Tensor, gate: Tensor, *, own: fused.OwnValue | None = None, silu: bool = False
     ) -> Tensor:
         """`(norm(x) + own value) gate`, or by `silu(gate)`; `elementwise.gated_head_norm`."""
-        return fused.gated_head_norm(
-            x, gate, self.weight, self.bias, self.eps, own=own, silu=silu
-        )
+        return fused.gated_head_norm(x, gate, self.weight, self.bias, self.eps, own=own, silu=silu)
 
 
 class HeadRMSNorm(nn.Module):

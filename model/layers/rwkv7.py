@@ -75,24 +75,24 @@ class RWKV7(RWKVHeads):
             x, state.shift, self.mix, context.reset
         )
         value = self.value(x_value)
-        residual: dict[str, Tensor | None] = {}
+        residual = None
         if self.is_first:
             context.v_first = value
         else:
             assert context.v_first is not None
-            amount = self.value_residual
-            residual = {"amount": amount.product(x_value), "amount_bias": amount.bias}
+            residual = fused.ValueResidual(context.v_first, *self.value_residual.apart(x_value))
+        decay, decay_bias = self.decay.apart(x_decay)
+        iclr, iclr_bias = self.iclr.apart(x_iclr)
         written = fused.rwkv7_inputs(
             self.key(x_key),
             value,
-            self.decay.product(x_decay),
-            self.iclr.product(x_iclr),
-            decay_bias=self.decay.bias,
-            iclr_bias=self.iclr.bias,
+            decay,
+            iclr,
+            decay_bias=decay_bias,
+            iclr_bias=iclr_bias,
             removal_scale=self.removal_scale,
             iclr_scale=self.iclr_scale,
-            v_first=None if self.is_first else context.v_first,
-            **residual,
+            residual=residual,
             num_heads=self.num_heads,
         )
         log_decay, key, a, b, value = map(self.heads, written)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 STRONGEST_DECAY = -math.exp(-0.5)
@@ -83,6 +84,17 @@ class RWKV7Inputs(NamedTuple):
     value: Tensor
 
 
+class ValueResidual(NamedTuple):
+    """How far a value of RWKV-7 leans towards the first layer's."""
+
+    v_first: Tensor
+    """`[B, T, D]`."""
+    amount: Tensor
+    """`[B, T, D]`, before bias and sigmoid."""
+    bias: Tensor
+    """`[D]`."""
+
+
 def rwkv7_inputs(
     key: Tensor,
     value: Tensor,
@@ -93,16 +105,14 @@ def rwkv7_inputs(
     iclr_bias: Tensor,
     removal_scale: Tensor,
     iclr_scale: Tensor,
-    v_first: Tensor | None = None,
-    amount: Tensor | None = None,
-    amount_bias: Tensor | None = None,
+    residual: ValueResidual | None = None,
     num_heads: int,
 ) -> RWKV7Inputs:
     """From the projections of RWKV-7 to its recurrence (arXiv 2503.14456, section 4.1).
 
     `log_decay = -exp(-1/2) sigmoid(decay + bias)`, `iclr = sigmoid(iclr + bias)`,
     `a = -normalize(key removal_scale)` over each head, `b = -a iclr`,
-    `key (1 + (iclr - 1) iclr_scale)`, and, where there is a first value,
+    `key (1 + (iclr - 1) iclr_scale)`, and behind the first layer
     `value + (v_first - value) sigmoid(amount + bias)`.
 
     Args:
@@ -114,18 +124,15 @@ def rwkv7_inputs(
         iclr_bias: `[D]`.
         removal_scale: `[D]`.
         iclr_scale: `[D]`.
-        v_first: `[B, T, D]`, or None in the first layer, and with it the next two.
-        amount: `[B, T, D]`, of the first value, before bias and sigmoid.
-        amount_bias: `[D]`.
+        residual: None in the first layer.
         num_heads: H.
     """
     rate = torch.sigmoid(iclr + iclr_bias)
-    removal = F.normalize(
-        (key * removal_scale).unflatten(-1, (num_heads, -1)), dim=-1, eps=SMALLEST_NORM
-    ).flatten(-2)
-    if v_first is not None:
-        assert amount is not None and amount_bias is not None
-        value = torch.lerp(value, v_first, torch.sigmoid(amount + amount_bias).to(value.dtype))
+    removal = rearrange(key * removal_scale, "b t (h k) -> b t h k", h=num_heads)
+    removal = F.normalize(removal, dim=-1, eps=SMALLEST_NORM).flatten(-2)
+    if residual is not None:
+        amount = torch.sigmoid(residual.amount + residual.bias)
+        value = torch.lerp(value, residual.v_first, amount.to(value.dtype))
     return RWKV7Inputs(
         log_decay=STRONGEST_DECAY * torch.sigmoid(decay + decay_bias),
         key=torch.addcmul(key, key * iclr_scale, rate - 1.0),

@@ -1,4 +1,4 @@
-"""The functions of `model.ops.elementwise`, each one pass through memory where the kernels are there.
+"""The functions of `model.ops.elementwise`, each one pass through memory where it can be.
 
 The native kernels take tensors on the CPU, all of them float32 or all float64; for all else, and
 where nothing was compiled, the definitions run. Shape legend: B batch, T time, H heads, K key dim,
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from model.ops import elementwise, native
-from model.ops.elementwise import SMALLEST_NORM, OwnValue, RWKV7Inputs
+from model.ops.elementwise import SMALLEST_NORM, OwnValue, RWKV7Inputs, ValueResidual
 from model.ops.native.rows import rows, rows_now
 
 __all__ = [
     "OwnValue",
     "RWKV7Inputs",
+    "ValueResidual",
     "gated_head_norm",
     "interpolations",
     "norm",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types
 def _kernels_are_there() -> bool:
     return native.is_available()
 
@@ -97,16 +98,13 @@ def rwkv7_inputs(
     iclr_bias: Tensor,
     removal_scale: Tensor,
     iclr_scale: Tensor,
-    v_first: Tensor | None = None,
-    amount: Tensor | None = None,
-    amount_bias: Tensor | None = None,
+    residual: ValueResidual | None = None,
     num_heads: int,
 ) -> RWKV7Inputs:
     """From the projections of RWKV-7 to its recurrence; `elementwise.rwkv7_inputs`."""
     tensors = [key, decay, iclr, decay_bias, iclr_bias, removal_scale, iclr_scale]
-    if v_first is not None:
-        assert amount is not None and amount_bias is not None
-        tensors += [value, v_first, amount, amount_bias]
+    if residual is not None:
+        tensors += [value, *residual]
     if not _is_native(tensors):
         return elementwise.rwkv7_inputs(
             key,
@@ -117,9 +115,7 @@ def rwkv7_inputs(
             iclr_bias=iclr_bias,
             removal_scale=removal_scale,
             iclr_scale=iclr_scale,
-            v_first=v_first,
-            amount=amount,
-            amount_bias=amount_bias,
+            residual=residual,
             num_heads=num_heads,
         )
     log_decay, key, a, b, *rest = _run("rwkv7", tensors, None, num_heads, SMALLEST_NORM)

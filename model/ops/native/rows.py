@@ -1,7 +1,6 @@
 """Kernels over rows of `[B, T, D]`, native: one operator of PyTorch for all, with its gradient.
 
-`rows.h` says what they work on. Shape legend: B batch, T time, H heads, K key dim, D = H K, M tensors
-at once.
+`rows.h` says what they work on. Shape legend: B batch, T time, H heads, K key dim, D = H K.
 """
 
 import ctypes
@@ -170,8 +169,9 @@ def _is_norm_of_sum(kernel: str, choice: int) -> bool:
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.kernel, tensors, reset, *ctx.settings = inputs
-    ctx.sums = _is_norm_of_sum(ctx.kernel, inputs[-1])
+    kernel, tensors, reset, heads, eps, choice = inputs
+    ctx.kernel, ctx.settings = kernel, (heads, eps, choice)
+    ctx.sums = _is_norm_of_sum(kernel, choice)
     if ctx.sums:
         tensors = [output[1], *tensors[2:]]
     ctx.save_for_backward(*tensors, *(() if reset is None else (reset,)))
@@ -179,7 +179,8 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) 
 
 
 def _backward(ctx: Any, cotangents: list[Tensor]) -> tuple[Any, ...]:
-    tensors, (reset, *_) = ctx.saved_tensors[: ctx.count], (*ctx.saved_tensors[ctx.count :], None)
+    tensors, rest = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    reset = rest[0] if rest else None
     *out, sums = rows_backward(ctx.kernel, tensors, cotangents, reset, *ctx.settings)
     gradients, begin = [], 0
     for index, tensor in enumerate(tensors):
