@@ -74,6 +74,10 @@ class OpSubject:
         """The cases are drawn so that every gradient can stand for itself."""
         return 0.0
 
+    def exceptions(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """None: the state of an op is in the dtype of its inputs, from float32 on."""
+        return {}
+
     def allows_for_conditioning(self) -> bool:
         """No: the cases are drawn so that nothing is magnified."""
         return False

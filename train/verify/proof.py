@@ -1,7 +1,7 @@
 """Cells of a proof: how far each form is from the definition, in each dtype and situation."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,6 +30,11 @@ ALL_TOLERANCES = {**TOLERANCE, torch.bfloat16: 5e-2}
 
 AMPLE = 10.0
 """Measured: an ill-conditioned layer's float32 error is up to 5 times what one rounding does."""
+
+
+SMALL = Case(time=4, batch=1, decay="weak", state=True, heads=1, key_dim=3, value_dim=5)
+"""For slopes: each input takes two more runs."""
+DRAWS = 4
 
 
 class Key(NamedTuple):
@@ -222,7 +227,11 @@ def _worst(
     compared = [
         difference
         for difference in differences(
-            found, expected, dtype, against_largest=subject.against_largest(dtype)
+            found,
+            expected,
+            dtype,
+            against_largest=subject.against_largest(dtype),
+            exceptions=subject.exceptions(dtype),
         )
         if difference.tensor != exempt
     ]
@@ -230,15 +239,25 @@ def _worst(
 
 
 def _slopes(subject: Subject) -> Cell:
-    """The definition's gradients against finite differences."""
-    case = Case(time=4, batch=1, decay="weak", state=True, heads=1, key_dim=3, value_dim=5)
-    function = subject.function("recurrent", torch.float64, None)
+    """The definition's gradients against finite differences.
 
-    found = _attempt(
-        lambda: against_finite_differences(function, subject.inputs(case, torch.float64))
-    )
-    if isinstance(found, str):
-        found = Difference("", torch.inf, f"the definition fails: {found}")
+    A function may bend between the points (relu, or a small eps below a sum): then other numbers
+    are drawn, which do not give back a gradient that is lost.
+    """
+    function = subject.function("recurrent", torch.float64, None)
+    found = Difference("", torch.inf, "")
+    for seed in range(DRAWS):
+        case = replace(SMALL, seed=seed)
+        attempt = _attempt(
+            lambda case=case: against_finite_differences(  # type: ignore[misc]  # bound, not given
+                function, subject.inputs(case, torch.float64)
+            )
+        )
+        if isinstance(attempt, str):
+            attempt = Difference("", torch.inf, f"the definition fails: {attempt}")
+        found = min(attempt, found, key=lambda difference: difference.error)
+        if found.error <= SLOPE_TOLERANCE:
+            break
     return Cell(
         subject.name,
         "slopes",

@@ -46,6 +46,9 @@ class Subject(Protocol):
     def against_largest(self, dtype: torch.dtype) -> float:
         """The fraction of the largest gradient that others are measured against at least."""
 
+    def exceptions(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Results that have another dtype, by name."""
+
     def allows_for_conditioning(self) -> bool:
         """Whether an error counts only beyond what rounding the inputs does to the definition."""
 
