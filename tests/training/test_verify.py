@@ -68,7 +68,7 @@ def test_an_op_passes():
     assert {c.check for c in report.cells} >= {"lengths", "definition", "split", "resets", "slopes"}
 
 
-@pytest.mark.parametrize(("bug", "form"), zip(BUGS, FORMS, strict=True))
+@pytest.mark.parametrize(("bug", "form"), [*zip(BUGS, FORMS, strict=True)])
 def test_a_bug_in_one_form_of_an_op_is_caught(bug, form):
     op = OPS["additive"]._replace(**{form: bug(getattr(OPS["additive"], form))})
     wrong = failed(verify(op, dtypes=(torch.float32,)))
