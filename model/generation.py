@@ -153,6 +153,8 @@ class Generation(Iterator[list[int | None]]):
         generators: one a row; they move on.
         seen: `[B, V]` bool, for the repetition penalty: the tokens so far. None for none.
         stop_ids: the tokens that end a row.
+        vocab_size: draw ids below this only: an official model has more than its tokenizer. None
+            for all.
     """
 
     def __init__(
@@ -166,10 +168,16 @@ class Generation(Iterator[list[int | None]]):
         generators: Sequence[torch.Generator],
         seen: Tensor | None = None,
         stop_ids: Collection[int] = (),
+        vocab_size: int | None = None,
     ) -> None:
+        if vocab_size is not None and not 1 <= vocab_size <= logits.shape[1]:
+            raise ValueError(
+                f"vocab_size must be between 1 and {logits.shape[1]}, but is {vocab_size}"
+            )
         if max_tokens < 0:
             raise ValueError(f"max_tokens must be at least 0, but is {max_tokens}")
         self.model, self.sampling, self.stop_ids = model, sampling, frozenset(stop_ids)
+        self._vocab_size = logits.shape[1] if vocab_size is None else vocab_size
         self._left, self._generators = max_tokens, generators
         self._seen = torch.zeros(logits.shape, dtype=torch.bool) if seen is None else seen.clone()
         self._rows = list(range(logits.shape[0]))
@@ -196,9 +204,10 @@ class Generation(Iterator[list[int | None]]):
     def __next__(self) -> list[int | None]:
         if self._left == 0 or not self._rows:
             raise StopIteration
-        seen = self._seen[self._rows] if self.sampling.repetition_penalty != 1 else None
+        known = slice(self._vocab_size)
+        seen = self._seen[self._rows, known] if self.sampling.repetition_penalty != 1 else None
         generators = [self._generators[row] for row in self._rows]
-        tokens = sample(self._logits, self.sampling, generators, seen)
+        tokens = sample(self._logits[:, known], self.sampling, generators, seen)
         self._logits, self._state = step(self.model, tokens, self._state)
         self._seen[self._rows, tokens] = True
         self._left -= 1
@@ -238,6 +247,7 @@ def generate(
     seed: int = 0,
     state: ModelState | None = None,
     stop_ids: Collection[int] = (),
+    vocab_size: int | None = None,
 ) -> Generation:
     """Goes on from one prompt or many, of any lengths; the rows do not influence each other.
 
@@ -249,13 +259,14 @@ def generate(
         seed: row r draws with seed + r, and so can be repeated alone.
         state: B rows, of what stands before the prompts; None for nothing.
         stop_ids: the tokens that end a row.
+        vocab_size: draw ids below this only; None for all that the model has.
 
     Returns:
         An iterator of B tokens a step, None for a row that has ended. The prompts have been read.
 
     Raises:
         ValueError: for an empty prompt, a token outside the vocabulary, a state of other than B
-            rows, or a seed that is negative or above 2^62.
+            rows, a seed that is negative or above 2^62, or a `vocab_size` that the model has not.
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("every prompt needs a token: start a text with the end token")
@@ -281,6 +292,7 @@ def generate(
         generators=[torch.Generator().manual_seed(seed + row) for row in range(len(prompts))],
         seen=seen,
         stop_ids=stop_ids,
+        vocab_size=vocab_size,
     )
 
 

@@ -48,6 +48,12 @@ COMMANDS = {
     "compare": Command(
         "train several mixers alike and report on them", "train.compare", "CompareConfig", "compare"
     ),
+    "convert": Command(
+        "import an official RWKV checkpoint, or export a run as one",
+        "train.convert",
+        "ConvertConfig",
+        "convert",
+    ),
     "verify": Command(
         "check every form of every mixer against its definition",
         "train.verify.command",

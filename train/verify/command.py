@@ -19,7 +19,7 @@ from rich.text import Text
 from model.layers import MIXERS
 from model.ops.scores import SCORES
 from model.presets import parse_mixer
-from train.checkpoint import load_checkpoint
+from train.checkpoint import load_model
 from train.config import at_least
 from train.progress import Display
 from train.verify import Cell, Report, Target, verify
@@ -86,7 +86,7 @@ def verify_command(config: VerifyConfig) -> None:
         ValueError: for a checkpoint that cannot be read; or, when all is printed, for an error
             beyond its tolerance.
     """
-    models = [load_checkpoint(folder).model for folder in config.checkpoint]
+    models = [load_model(folder)[0] for folder in config.checkpoint]
     names = config.names if config.names or models else every_mixer()
     threads = config.threads or os.cpu_count() or 1
     cells: list[Cell] = []

@@ -223,18 +223,13 @@ def _worst(
     found = _attempt(partial(_found, subject, situation, form, dtype))
     if isinstance(found, str):
         return Difference("", torch.inf, f"it fails: {found}")
-    exempt = (situation.exempt or {}).get(dtype)
-    compared = [
-        difference
-        for difference in differences(
-            found,
-            expected,
-            dtype,
-            against_largest=subject.against_largest(dtype),
-            exceptions=subject.exceptions(dtype),
-        )
-        if difference.tensor != exempt
-    ]
+    compared = differences(
+        found,
+        expected,
+        dtype,
+        against_largest=subject.against_largest(dtype),
+        exceptions=subject.exceptions(dtype),
+    )
     return max(compared, key=lambda difference: difference.error)
 
 
@@ -244,15 +239,9 @@ def _slopes(subject: Subject) -> Cell:
     A function may bend between the points (relu, or a small eps below a sum): then other numbers
     are drawn, which do not give back a gradient that is lost.
     """
-    function = subject.function("recurrent", torch.float64, None)
     found = Difference("", torch.inf, "")
     for seed in range(DRAWS):
-        case = replace(SMALL, seed=seed)
-        attempt = _attempt(
-            lambda case=case: against_finite_differences(  # type: ignore[misc]  # bound, not given
-                function, subject.inputs(case, torch.float64)
-            )
-        )
+        attempt = _attempt(partial(_slope, subject, replace(SMALL, seed=seed)))
         if isinstance(attempt, str):
             attempt = Difference("", torch.inf, f"the definition fails: {attempt}")
         found = min(attempt, found, key=lambda difference: difference.error)
@@ -267,6 +256,11 @@ def _slopes(subject: Subject) -> Cell:
         SLOPE_TOLERANCE,
         found.problem,
     )
+
+
+def _slope(subject: Subject, case: Case) -> Difference:
+    function = subject.function("recurrent", torch.float64, None)
+    return against_finite_differences(function, subject.inputs(case, torch.float64))
 
 
 def _attempt(work: Callable[[], T]) -> T | str:

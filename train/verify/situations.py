@@ -81,8 +81,6 @@ class Situation:
     """What is done with the definition; None for nothing."""
     compared: Callable[[Results], Results] | None = None
     """The part of the results that is compared; None for all."""
-    exempt: dict[torch.dtype, str] | None = None
-    """A result that rounding alone puts out of reach in a dtype."""
     gradients: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)
     forms: tuple[str, ...] | None = None
