@@ -308,8 +308,7 @@ class ModelSubject(NetworkSubject):
         case = Case(state=True, reset=True, time=time)
         found = [Situation("forms", f"state and resets, T = {time}", case)]
         if full:
-            found += lengths(case, [1, self.chunk_size - 1, self.chunk_size, self.chunk_size + 1])
-            found += lengths(case, [97, 1000])
+            found += lengths(case, [3, 97, 257])  # the layers alone have the longer ones
             found.append(Situation("forms", f"no state, T = {time}", Case(time=time)))
         found.append(
             Situation(
