@@ -17,6 +17,7 @@ from train.verify.inputs import (
     arguments,
     has_heads,
     make_inputs,
+    spread,
 )
 from train.verify.running import (
     TIMED,
@@ -59,6 +60,7 @@ __all__ = [
     "oracle",
     "outputs_before",
     "run",
+    "spread",
     "variants",
 ]
 

@@ -56,7 +56,8 @@ class VerifyConfig:
     full: bool = False
     """Longer sequences, more combinations: some minutes."""
     threads: int | None = None
-    """Processor cores to use; all of them if not given."""
+    """Processes, each with one thread, for many mixers (one a core if not given); threads for a
+    checkpoint (one if not given: its tensors are mostly too small for more)."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
@@ -96,7 +97,7 @@ def verify_command(config: VerifyConfig) -> None:
             cells, names = report.cells, []
         targets: list[Target] = [*names, *models]
         if targets:
-            torch.set_num_threads(threads if models else 1)
+            torch.set_num_threads(config.threads or 1 if models else 1)
             with progress(display) as advance:
                 mode = "full" if config.full else "quick"
                 cells += verify(*targets, mode=mode, advance=advance).cells
