@@ -24,7 +24,8 @@ _WEAK = 1.0
 """Strongest log-decay of a step whose gradient survives as the difference of two rounded terms."""
 
 _MODERATE = 2.0
-"""The same where products of longer stretches, which drown it most, do not enter those terms."""
+"""The same for blocks. Above it a block is two tokens, which meet undecayed: in longer ones the
+rounding of what a step does not decay would be more than that step's gradient."""
 
 
 def state_dtype(*tensors: Tensor) -> torch.dtype:

@@ -222,6 +222,15 @@ def test_a_compiler_sees_through_them(op):
 
 @compiled
 @every_op
+def test_a_tensor_elsewhere_is_refused(op):
+    inputs = make_inputs(op, CASES["channel_decay"])
+    inputs["v"] = inputs["v"].to("meta")
+    with pytest.raises(ValueError, match="need all tensors on the CPU, not on meta"):
+        OPS[op].native(**inputs)
+
+
+@compiled
+@every_op
 def test_a_second_derivative_is_refused(op):
     inputs = make_inputs(op, CASES["channel_decay"])
     v = inputs["v"].requires_grad_()

@@ -13,12 +13,12 @@ from helpers import (
     check_form,
     make_inputs,
     run,
-    spread,
 )
 
 from model.ops import FORMS, OPS
 from model.ops.attention import KVCache, chunked_attention, parallel_attention
 from model.ops.scores import SCORES, Score, by_rows, entmax, find_score, polynomial
+from train.verify.inputs import spread
 
 EPS = 1e-6
 SCORES_OF_A_TABLE = {n: find_score(s) for n, s in SCORES_TESTED.items() if n != "user"} | {
@@ -274,7 +274,7 @@ def test_the_chunked_form_makes_blocks_of_rows():
         return scores
 
     inputs = make_inputs("attention", Case(state=True, time=37))
-    score = Score(record, None, normalizes=False)
+    score = Score(record, "recorded", None, normalizes=False)
     chunked_attention(**inputs, score=score, chunk_size=16)
     assert shapes == [
         ((2, 2, rows, seen), (2, 1, rows, seen)) for rows, seen in ((16, 21), (16, 37), (5, 42))

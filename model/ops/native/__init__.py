@@ -95,8 +95,14 @@ def _needs(tensors: list[Tensor | None]) -> tuple[bool, bool]:
 
     That is where none may follow and nothing is traced: PyTorch's dispatcher costs more than a
     token.
+
+    Raises:
+        ValueError: for a tensor that is not on the CPU.
     """
     given = [x for x in tensors if x is not None]
+    for x in given:
+        if not x.is_cpu:
+            raise ValueError(f"the native kernels need all tensors on the CPU, not on {x.device}")
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     is_plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in given)
     return keep, is_plain and not keep and not torch.compiler.is_compiling()
