@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.ops import elementwise, native
 from model.ops.elementwise import SMALLEST_NORM, OwnValue, RWKV7Inputs, ValueResidual
-from model.ops.native.rows import rows, rows_now
+from model.ops.native.rows import run_rows
 
 __all__ = [
     "OwnValue",
@@ -43,30 +43,12 @@ def _is_native(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def _run(
-    kernel: str,
-    tensors: Sequence[Tensor],
-    reset: Tensor | None = None,
-    heads: int = 1,
-    eps: float = 0.0,
-    choice: int = 0,
-) -> list[Tensor]:
-    """The operator, or its forward pass alone where nothing will ask for more."""
-    is_plain = not torch.compiler.is_compiling() and all(
-        type(x) in (Tensor, torch.nn.Parameter) for x in tensors
-    )
-    if is_plain and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-        return rows_now(kernel, tensors, reset, heads, eps, choice)
-    found: list[Tensor] = rows(kernel, tensors, reset, heads, eps, choice)
-    return found
-
-
 def interpolations(x: Tensor, last: Tensor, mix: Tensor, reset: Tensor | None) -> list[Tensor]:
     """Token shift: `x + (x_prev - x) mix_m` for every m; `elementwise.interpolations`."""
     last = last.to(x.dtype)
     if not _is_native((x, last, mix)):
         return elementwise.interpolations(x, last, mix, reset)
-    return _run("shift", (x, last, mix), reset)
+    return [*run_rows("shift", (x, last, mix), reset)]
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -74,7 +56,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     tensors = [x, weight] if bias is None else [x, weight, bias]
     if x.dim() != 3 or not _is_native(tensors):
         return elementwise.norm(x, weight, bias, eps)
-    return _run("norm", tensors, eps=eps)[0]
+    return run_rows("norm", tensors, eps=eps)[0]
 
 
 def norm_of_sum(
@@ -84,7 +66,7 @@ def norm_of_sum(
     tensors = [x, y, weight] if bias is None else [x, y, weight, bias]
     if x.dim() != 3 or not _is_native(tensors):
         return elementwise.norm_of_sum(x, y, weight, bias, eps)
-    normed, total = _run("norm", tensors, eps=eps, choice=1)
+    normed, total = run_rows("norm", tensors, eps=eps, choice=1)
     return normed, total
 
 
@@ -118,7 +100,7 @@ def rwkv7_inputs(
             residual=residual,
             num_heads=num_heads,
         )
-    log_decay, key, a, b, *rest = _run("rwkv7", tensors, None, num_heads, SMALLEST_NORM)
+    log_decay, key, a, b, *rest = run_rows("rwkv7", tensors, heads=num_heads, eps=SMALLEST_NORM)
     return RWKV7Inputs(log_decay, key, a, b, rest[0] if rest else value)
 
 
@@ -137,18 +119,18 @@ def gated_head_norm(
     if not _is_native(tensors):
         return elementwise.gated_head_norm(o, gate, weight, bias, eps, own=own, silu=silu)
     flat = [o.flatten(-2), gate, weight, bias, *(x.flatten(-2) for x in own or ())]
-    return _run("head_norm", flat, None, o.shape[2], eps, int(silu))[0]
+    return run_rows("head_norm", flat, heads=o.shape[2], eps=eps, choice=int(silu))[0]
 
 
 def squared_relu(x: Tensor) -> Tensor:
     """`relu(x)^2` for `[B, T, D]`; `elementwise.squared_relu`."""
     if not _is_native((x,)):
         return elementwise.squared_relu(x)
-    return _run("squared_relu", (x,))[0]
+    return run_rows("squared_relu", (x,))[0]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) up` for `[B, T, D]`; `elementwise.swiglu`."""
     if not _is_native((gate, up)):
         return elementwise.swiglu(gate, up)
-    return _run("swiglu", (gate, up))[0]
+    return run_rows("swiglu", (gate, up))[0]

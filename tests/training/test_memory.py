@@ -16,7 +16,7 @@ if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def step():
     blocks = [torch.ones(10 << 20) for _ in range(2)]  # 40 MB each
-for _ in range(4):
+for _ in range(10):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):

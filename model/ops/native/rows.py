@@ -5,7 +5,7 @@
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -127,8 +127,7 @@ rows = torch.library.custom_op("ebb::rows", rows_now, mutates_args=())
 rows.register_fake(_like)
 
 
-@torch.library.custom_op("ebb::rows_backward", mutates_args=())
-def rows_backward(
+def rows_backward_now(
     kernel: str,
     tensors: Sequence[Tensor],
     cotangents: Sequence[Tensor],
@@ -148,7 +147,6 @@ def rows_backward(
     return [*out, partial.sum(0)]
 
 
-@rows_backward.register_fake
 def _gradients_like(
     kernel: str,
     tensors: Sequence[Tensor],
@@ -164,24 +162,24 @@ def _gradients_like(
     return [*out, tensors[0].new_empty(size)]
 
 
-def _is_norm_of_sum(kernel: str, choice: int) -> bool:
-    return kernel == "norm" and choice == 1
+rows_backward = torch.library.custom_op("ebb::rows_backward", rows_backward_now, mutates_args=())
+rows_backward.register_fake(_gradients_like)
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
     kernel, tensors, reset, heads, eps, choice = inputs
     ctx.kernel, ctx.settings = kernel, (heads, eps, choice)
-    ctx.sums = _is_norm_of_sum(kernel, choice)
-    if ctx.sums:
+    ctx.is_norm_of_sum = kernel == "norm" and choice == 1
+    if ctx.is_norm_of_sum:
         tensors = [output[1], *tensors[2:]]
     ctx.save_for_backward(*tensors, *(() if reset is None else (reset,)))
     ctx.count = len(tensors)
 
 
-def _backward(ctx: Any, cotangents: list[Tensor]) -> tuple[Any, ...]:
+def _gradients(run: Callable[..., Any], ctx: Any, cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """Of all tensors, in the order of the forward pass."""
     tensors, rest = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-    reset = rest[0] if rest else None
-    *out, sums = rows_backward(ctx.kernel, tensors, cotangents, reset, *ctx.settings)
+    *out, sums = run(ctx.kernel, tensors, cotangents, rest[0] if rest else None, *ctx.settings)
     gradients, begin = [], 0
     for index, tensor in enumerate(tensors):
         if index in PARAMETERS[ctx.kernel]:
@@ -189,10 +187,62 @@ def _backward(ctx: Any, cotangents: list[Tensor]) -> tuple[Any, ...]:
             begin += tensor.numel()
         else:
             gradients.append(out.pop(0))
-    if ctx.sums:  # both terms have the gradient of their sum
-        gradients.insert(0, gradients[0])
-    return (None, gradients, None, None, None, None)
+    # Both terms have the gradient of their sum.
+    return [gradients[0], *gradients] if ctx.is_norm_of_sum else gradients
+
+
+def _backward(ctx: Any, cotangents: list[Tensor]) -> tuple[Any, ...]:
+    return None, _gradients(rows_backward, ctx, cotangents), None, None, None, None
 
 
 rows.register_autograd(_backward, setup_context=_keep_for_backward)
 rows_backward.register_autograd(refuse_second_derivative)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator without PyTorch's dispatcher, which costs more than many a kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: str,
+        reset: Tensor | None,
+        heads: int,
+        eps: float,
+        choice: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        out = tuple(rows_now(kernel, tensors, reset, heads, eps, choice))
+        _keep_for_backward(ctx, (kernel, tensors, reset, heads, eps, choice), out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        # Only where a second derivative may be asked for is the operator there to refuse it.
+        run = rows_backward if torch.is_grad_enabled() else rows_backward_now
+        return None, None, None, None, None, *_gradients(run, ctx, cotangents)
+
+
+def run_rows(
+    kernel: str,
+    tensors: Sequence[Tensor],
+    reset: Tensor | None = None,
+    heads: int = 1,
+    eps: float = 0.0,
+    choice: int = 0,
+) -> Sequence[Tensor]:
+    """What `rows_now` says, by the shortest way that does what will be asked for.
+
+    That is the operator where something is traced, and where nothing needs a gradient the forward
+    pass alone.
+    """
+    found: Sequence[Tensor]
+    if torch.compiler.is_compiling() or any(
+        type(x) not in (Tensor, torch.nn.Parameter) for x in tensors
+    ):
+        found = rows(kernel, tensors, reset, heads, eps, choice)
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        found = _Direct.apply(kernel, reset, heads, eps, choice, *tensors)  # type: ignore[no-untyped-call]
+    else:
+        found = rows_now(kernel, tensors, reset, heads, eps, choice)
+    return found
