@@ -10,6 +10,7 @@ from model.config import ModelConfig
 from model.layers.initializers import depth, orthogonal_, ramps
 from model.layers.layer import Context, Layer
 from model.layers.token_shift import token_shift
+from model.ops.native.program import Program, Vector
 from model.state import NoState
 
 
@@ -136,6 +137,16 @@ class RWKV7ChannelMix(ShiftedChannelMix):
         """`[B, T, D]` -> `[B, T, D]`."""
         previous, last = token_shift(x, state.shift, context.reset)
         return self.squared_relu(torch.lerp(x, previous, self.mix_key)), ShiftState(last)
+
+    def describe_step(
+        self, program: Program, x: Vector, state: ShiftState, residual: Vector
+    ) -> None:
+        """`forward` for one token, in two phases."""
+        (x_key,) = program.interpolate(x, state.shift, self.mix_key[None])
+        hidden = program.multiply(self.key.weight, x_key, activation="squared_relu")
+        program.barrier()
+        program.keep(x, state.shift)
+        program.multiply(self.value.weight, hidden, out=residual, add=True)
 
     def initialize(self, layer: int, num_layers: int) -> None:
         """RWKV-LM, RWKV-v7/train_temp/src/model.py, `RWKV_CMix_x070.__init__`."""

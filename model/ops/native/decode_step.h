@@ -1,0 +1,498 @@
+// The instructions of decode.cpp; included once for each instruction set, so without a guard.
+// Every function is free of OpenMP: the threads are there already.
+
+// Vectors: 16 floats, whatever the registers of the CPU.
+
+INLINE Floats all(float x) { return Floats{} + x; }
+
+INLINE Floats load(const float* p) {
+  Floats x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+INLINE Floats load(const float* p, int64_t left) {  // zeros behind the end
+  if (left >= LANES) return load(p);
+  Floats x = {};
+  std::memcpy(&x, p, left * sizeof(float));
+  return x;
+}
+
+INLINE void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
+
+INLINE void store(float* p, Floats x, int64_t left) {
+  std::memcpy(p, &x, left >= LANES ? sizeof x : left * sizeof(float));
+}
+
+INLINE float sum(Floats x) {
+  float total[LANES];
+  store(total, x);
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) total[i] += total[i + width];
+  return total[0];
+}
+
+INLINE Floats choose(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
+
+INLINE Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
+
+// exp in float32's precision: 2^n times a polynomial in what is left, |r| <= ln(2) / 2.
+INLINE Floats exponential(Floats x) {
+  x = choose(x > 88.0f, all(88.0f), choose(x < -87.0f, all(-87.0f), x));
+  const Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23 rounds to an integer
+  const Floats n = shifted - 12582912.0f;
+  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats y = all(1.0f / 5040.0f);
+  y = y * r + 1.0f / 720.0f;
+  y = y * r + 1.0f / 120.0f;
+  y = y * r + 1.0f / 24.0f;
+  y = y * r + 1.0f / 6.0f;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  return (Floats)((Ints)y + (((Ints)shifted - 0x4b400000) << 23));
+}
+
+INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// Near zero its Taylor series, else through exp: small values keep their digits.
+INLINE Floats hyperbolic_tangent(Floats x) {
+  const Floats s = x * x;
+  Floats series = all(-1382.0f / 155925.0f);
+  series = series * s + 62.0f / 2835.0f;
+  series = series * s - 17.0f / 315.0f;
+  series = series * s + 2.0f / 15.0f;
+  series = series * s - 1.0f / 3.0f;
+  const Floats far = 1.0f - 2.0f / (exponential(x + x) + 1.0f);
+  return choose(absolute(x) < 0.25f, x + x * s * series, far);
+}
+
+enum Activation { NONE, TANH, SIGMOID, SQUARED_RELU, SILU };
+
+INLINE Floats activate(int64_t activation, Floats x) {
+  switch (activation) {
+    case TANH: return hyperbolic_tangent(x);
+    case SIGMOID: return sigmoid(x);
+    case SQUARED_RELU: { const Floats y = choose(x > 0.0f, x, Floats{}); return y * y; }
+    case SILU: return x * sigmoid(x);
+    default: return x;
+  }
+}
+
+// Matrices. A tile is 16 rows; packing.py lays it out, format by format.
+
+INLINE Floats from_bfloat16(const uint16_t* p) {
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  Halves bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (Floats)(__builtin_convertvector(bits, Ints) << 16);
+}
+
+// [columns][16 rows]
+INLINE Floats tile_float32(const float* w, const float* x, int64_t columns) {
+  Floats a = {}, b = {}, c = {}, d = {};
+  int64_t i = 0;
+  for (; i + 4 <= columns; i += 4, w += 4 * LANES) {
+    __builtin_prefetch(w + 1024);
+    __builtin_prefetch(w + 1024 + LANES);
+    __builtin_prefetch(w + 1024 + 2 * LANES);
+    __builtin_prefetch(w + 1024 + 3 * LANES);
+    a += load(w) * x[i];
+    b += load(w + LANES) * x[i + 1];
+    c += load(w + 2 * LANES) * x[i + 2];
+    d += load(w + 3 * LANES) * x[i + 3];
+  }
+  for (; i < columns; ++i, w += LANES) a += load(w) * x[i];
+  return (a + b) + (c + d);
+}
+
+// [columns / 2][16 rows][2 columns]
+INLINE Floats tile_bfloat16(const uint32_t* w, const float* x, int64_t columns) {
+  Floats a = {}, b = {}, c = {}, d = {};
+  Ints pair;
+  for (int64_t i = 0; i < columns; i += 4, w += 2 * LANES) {
+    __builtin_prefetch(w + 1024);
+    __builtin_prefetch(w + 1024 + LANES);
+    std::memcpy(&pair, w, sizeof pair);
+    a += (Floats)(pair << 16) * x[i];
+    b += (Floats)(pair & (int32_t)0xffff0000) * x[i + 1];
+    std::memcpy(&pair, w + LANES, sizeof pair);
+    c += (Floats)(pair << 16) * x[i + 2];
+    d += (Floats)(pair & (int32_t)0xffff0000) * x[i + 3];
+  }
+  return (a + b) + (c + d);
+}
+
+// A vector in 8 bits: blocks of 32 with a scale each, and the sum of each block's integers.
+struct Quantized {
+  const int8_t* values;
+  const float* scales;
+  const int32_t* sums;
+};
+
+INLINE Quantized quantize(const float* x, int64_t size, int64_t columns, float* room) {
+  const int64_t blocks = columns / BLOCK;
+  float* scales = room;
+  int32_t* sums = (int32_t*)(room + blocks);
+  int8_t* values = (int8_t*)(room + 2 * blocks);
+  typedef int8_t Bytes __attribute__((vector_size(16)));
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t left = size - i * BLOCK;
+    const Floats low = load(x + i * BLOCK, left);
+    const Floats high = left > LANES ? load(x + i * BLOCK + LANES, left - LANES) : Floats{};
+    const Floats m = absolute(low), n = absolute(high);
+    float most[LANES];
+    store(most, choose(m > n, m, n));
+    for (int width = LANES / 2; width; width /= 2)
+      for (int j = 0; j < width; ++j)
+        most[j] = most[j] > most[j + width] ? most[j] : most[j + width];
+    const float scale = most[0] / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    const Ints a = (Ints)(low * inverse + 12582912.0f) - 0x4b400000;
+    const Ints b = (Ints)(high * inverse + 12582912.0f) - 0x4b400000;
+    const Bytes c = __builtin_convertvector(a, Bytes), d = __builtin_convertvector(b, Bytes);
+    std::memcpy(values + i * BLOCK, &c, sizeof c);
+    std::memcpy(values + i * BLOCK + LANES, &d, sizeof d);
+    const Ints e = a + b;
+    int32_t total[LANES];
+    std::memcpy(total, &e, sizeof e);
+    for (int width = LANES / 2; width; width /= 2)
+      for (int j = 0; j < width; ++j) total[j] += total[j + width];
+    scales[i] = scale;
+    sums[i] = total[0];
+  }
+  return {values, scales, sums};
+}
+
+INLINE int32_t four(const int8_t* x) {
+  int32_t bits;
+  std::memcpy(&bits, x, sizeof bits);
+  return bits;
+}
+
+// 32 columns of 16 rows with 32 values: the integer sums. Weights are stored with 128 added in
+// [8][16 rows][4 columns], or with 8 added in [4][16 rows][4 columns, and 4 more in the high half].
+#if defined(EBB_AVX512)
+INLINE Ints dots_int8(const uint8_t* w, const int8_t* x, int32_t total) {
+  __m512i a = _mm512_set1_epi32(-128 * total), b = _mm512_setzero_si512();
+  for (int i = 0; i < 8; i += 2) {
+    a = _mm512_dpbusd_epi32(a, _mm512_loadu_si512(w + 64 * i), _mm512_set1_epi32(four(x + 4 * i)));
+    b = _mm512_dpbusd_epi32(b, _mm512_loadu_si512(w + 64 * i + 64),
+                            _mm512_set1_epi32(four(x + 4 * i + 4)));
+  }
+  return (Ints)_mm512_add_epi32(a, b);
+}
+
+INLINE Ints dots_int4(const uint8_t* w, const int8_t* x, int32_t total) {
+  const __m512i half = _mm512_set1_epi8(15);
+  __m512i a = _mm512_set1_epi32(-8 * total), b = _mm512_setzero_si512();
+  for (int i = 0; i < 4; ++i) {
+    const __m512i both = _mm512_loadu_si512(w + 64 * i);
+    const __m512i low = _mm512_and_si512(both, half);
+    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), half);
+    a = _mm512_dpbusd_epi32(a, low, _mm512_set1_epi32(four(x + 8 * i)));
+    b = _mm512_dpbusd_epi32(b, high, _mm512_set1_epi32(four(x + 8 * i + 4)));
+  }
+  return (Ints)_mm512_add_epi32(a, b);
+}
+#elif defined(EBB_AVX2)
+INLINE __m256i half_tile(const uint8_t* w) { return _mm256_loadu_si256((const __m256i*)w); }
+
+INLINE Ints dots_int8(const uint8_t* w, const int8_t* x, int32_t) {
+  const __m256i ones = _mm256_set1_epi16(1), offset = _mm256_set1_epi8(-128);
+  __m256i sums[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  for (int i = 0; i < 8; ++i) {
+    const __m256i values = _mm256_set1_epi32(four(x + 4 * i));
+    for (int part = 0; part < 2; ++part) {  // |w| times x with w's sign: pairs fit 16 bits
+      const __m256i s = _mm256_xor_si256(half_tile(w + 64 * i + 32 * part), offset);
+      const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(values, s));
+      sums[part] = _mm256_add_epi32(sums[part], _mm256_madd_epi16(pairs, ones));
+    }
+  }
+  Ints result;
+  std::memcpy(&result, sums, sizeof result);
+  return result;
+}
+
+INLINE Ints dots_int4(const uint8_t* w, const int8_t* x, int32_t total) {
+  const __m256i ones = _mm256_set1_epi16(1), half = _mm256_set1_epi8(15);
+  __m256i sums[2] = {_mm256_set1_epi32(-8 * total), _mm256_set1_epi32(-8 * total)};
+  for (int i = 0; i < 4; ++i) {
+    const __m256i first = _mm256_set1_epi32(four(x + 8 * i));
+    const __m256i second = _mm256_set1_epi32(four(x + 8 * i + 4));
+    for (int part = 0; part < 2; ++part) {
+      const __m256i both = half_tile(w + 64 * i + 32 * part);
+      const __m256i low = _mm256_and_si256(both, half);
+      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), half);
+      const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, first),
+                                             _mm256_maddubs_epi16(high, second));
+      sums[part] = _mm256_add_epi32(sums[part], _mm256_madd_epi16(pairs, ones));
+    }
+  }
+  Ints result;
+  std::memcpy(&result, sums, sizeof result);
+  return result;
+}
+#else
+INLINE Ints dots_int8(const uint8_t* w, const int8_t* x, int32_t) {
+  int32_t sums[LANES] = {};
+  for (int i = 0; i < 8; ++i)
+    for (int row = 0; row < LANES; ++row)
+      for (int j = 0; j < 4; ++j)
+        sums[row] += ((int32_t)w[64 * i + 4 * row + j] - 128) * x[4 * i + j];
+  Ints result;
+  std::memcpy(&result, sums, sizeof result);
+  return result;
+}
+
+INLINE Ints dots_int4(const uint8_t* w, const int8_t* x, int32_t total) {
+  int32_t sums[LANES];
+  for (int row = 0; row < LANES; ++row) sums[row] = -8 * total;
+  for (int i = 0; i < 4; ++i)
+    for (int row = 0; row < LANES; ++row)
+      for (int j = 0; j < 4; ++j) {
+        const uint8_t both = w[64 * i + 4 * row + j];
+        sums[row] += (both & 15) * x[8 * i + j] + (both >> 4) * x[8 * i + 4 + j];
+      }
+  Ints result;
+  std::memcpy(&result, sums, sizeof result);
+  return result;
+}
+#endif
+
+// scales: [columns / 32][16 rows] in bfloat16
+template <int bits>
+INLINE Floats tile_integers(const uint8_t* w, const uint16_t* scales, const Quantized& x,
+                            int64_t columns) {
+  Floats y = {};
+  for (int64_t i = 0; i < columns / BLOCK; ++i) {
+    for (int line = 0; line < bits; ++line) __builtin_prefetch(w + 4096 + 64 * line);
+    const int8_t* values = x.values + i * BLOCK;
+    const Ints total = bits == 8 ? dots_int8(w, values, x.sums[i]) : dots_int4(w, values, x.sums[i]);
+    y += __builtin_convertvector(total, Floats) * (from_bfloat16(scales) * x.scales[i]);
+    w += 64 * bits;
+    scales += LANES;
+  }
+  return y;
+}
+
+enum Format { FLOAT32, BFLOAT16, INT8, INT4 };
+
+// y = activation(W x + bias), or y += that, on this thread's rows.
+// weights, scales, format, rows, columns, x, y, grain, activation, bias, add, room, size of x
+static void multiply(const Worker& worker, const int64_t* arg) {
+  const uint8_t* weights = (const uint8_t*)arg[0];
+  const uint16_t* scales = (const uint16_t*)arg[1];
+  const int64_t format = arg[2], rows = arg[3], columns = arg[4], activation = arg[8];
+  const float* x = worker.at(arg[5]);
+  float* y = worker.at(arg[6]);
+  const float* bias = (const float*)arg[9];
+  const int64_t bits = format == FLOAT32 ? 32 : format == BFLOAT16 ? 16 : format == INT8 ? 8 : 4;
+  int64_t begin, end;
+  worker.share(rows, arg[7], begin, end);
+  if (begin == end) return;
+  Quantized quantized = {};
+  if (format >= INT8) quantized = quantize(x, arg[12], columns, worker.at(arg[11]));
+  for (int64_t row = begin; row < end; row += LANES) {
+    const uint8_t* w = weights + row * columns * bits / 8;
+    const uint16_t* s = scales + row * columns / BLOCK;
+    Floats z;
+    switch (format) {
+      case FLOAT32: z = tile_float32((const float*)w, x, columns); break;
+      case BFLOAT16: z = tile_bfloat16((const uint32_t*)w, x, columns); break;
+      case INT8: z = tile_integers<8>(w, s, quantized, columns); break;
+      default: z = tile_integers<4>(w, s, quantized, columns); break;
+    }
+    if (bias) z += load(bias + row);
+    z = activate(activation, z);
+    if (arg[10]) z += load(y + row, end - row);
+    store(y + row, z, end - row);
+  }
+}
+
+// Elementwise neighbours.
+
+// x = embedding[token].  table, n, x
+static void embed(const Worker& worker, const int64_t* arg) {
+  if (worker.computes(arg[2]))
+    std::memcpy(worker.at(arg[2]), (const float*)arg[0] + worker.call->token * arg[1],
+                arg[1] * sizeof(float));
+}
+
+INLINE float as_float(int64_t bits) {
+  double x;
+  std::memcpy(&x, &bits, sizeof x);
+  return (float)x;
+}
+
+INLINE float mean_of(const float* x, int64_t n) {
+  Floats total = {};
+  for (int64_t i = 0; i < n; i += LANES) total += load(x + i, n - i);
+  return sum(total) / n;
+}
+
+INLINE float variance_of(const float* x, float mean, int64_t n) {
+  Floats total = {};
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const Floats z = load(x + i) - mean;
+    total += z * z;
+  }
+  float rest = 0.0f;
+  for (; i < n; ++i) rest += (x[i] - mean) * (x[i] - mean);
+  return (sum(total) + rest) / n;
+}
+
+// y = (x - mean) / sqrt(variance + eps) * weight + bias; without a bias the RMS norm.
+// x, y, n, weight, bias, eps
+static void normalize(const Worker& worker, const int64_t* arg) {
+  if (!worker.computes(arg[1])) return;
+  const float *x = worker.at(arg[0]), *weight = (const float*)arg[3], *bias = (const float*)arg[4];
+  float* y = worker.at(arg[1]);
+  const int64_t n = arg[2];
+  const float mean = bias ? mean_of(x, n) : 0.0f;
+  const float scale = 1.0f / std::sqrt(variance_of(x, mean, n) + as_float(arg[5]));
+  for (int64_t i = 0; i < n; i += LANES) {
+    Floats z = (load(x + i, n - i) - mean) * scale * load(weight + i);
+    if (bias) z += load(bias + i);
+    store(y + i, z, n - i);
+  }
+}
+
+// y_j = x + (previous - x) mix_j for j < m; mixes and y_j at distance `stride`.
+// x, y, n, slot, mixes, m, stride
+static void interpolate(const Worker& worker, const int64_t* arg) {
+  const float* x = worker.at(arg[0]);
+  float* y = worker.at(arg[1]);
+  const int64_t n = arg[2], m = arg[5], stride = arg[6];
+  const float *previous = (const float*)worker.call->in[arg[3]], *mixes = (const float*)arg[4];
+  for (int64_t i = 0; i < n; i += LANES) {
+    const Floats own = load(x + i, n - i), difference = load(previous + i, n - i) - own;
+    for (int64_t j = 0; j < m; ++j)
+      store(y + j * stride + i, own + difference * load(mixes + j * stride + i), n - i);
+  }
+}
+
+// The state's tensor is x from here on.  x, n, slot
+static void keep(const Worker& worker, const int64_t* arg) {
+  if (worker.thread == 0)
+    std::memcpy(worker.call->out[arg[2]], worker.at(arg[0]), arg[1] * sizeof(float));
+}
+
+// S' = diag(w) S + b (a^T S) + k v^T and o = r^T S' for one head; S is [n][n].
+template <int fixed>
+INLINE void delta_step(int64_t size, const float* S, float* next, const float* w, const float* a,
+                       const float* b, const float* k, const float* v, const float* r, float* o) {
+  const int64_t n = fixed ? fixed : size;
+  constexpr int WIDE = fixed ? 4 : 1;  // registers of a row that are worked on together
+  for (int64_t j = 0; j < n; j += WIDE * LANES) {
+    Floats removed[WIDE] = {}, value[WIDE], read[WIDE] = {};
+    for (int c = 0; c < WIDE; ++c) value[c] = load(v + j + c * LANES);
+    for (int64_t i = 0; i < n; ++i)
+      for (int c = 0; c < WIDE; ++c)
+        removed[c] += load(S + i * n + j + c * LANES, n - j) * a[i];
+    for (int64_t i = 0; i < n; ++i)
+      for (int c = 0; c < WIDE; ++c) {
+        const int64_t place = i * n + j + c * LANES;
+        const Floats x = load(S + place, n - j) * w[i] + removed[c] * b[i] + value[c] * k[i];
+        store(next + place, x, n - j);
+        read[c] += x * r[i];
+      }
+    for (int c = 0; c < WIDE; ++c) store(o + j + c * LANES, read[c]);
+  }
+}
+
+// RWKV-7 between its matrices (model/layers/rwkv7.py), on this thread's heads.
+// r, k, v, v_first, decay, iclr, value's part, gate, y, heads, n, slot, removal scale, iclr scale,
+// bonus, norm weight, norm bias, eps, first, strongest decay
+template <int fixed>
+INLINE void rwkv7_heads(const Worker& worker, const int64_t* arg) {
+  const int64_t n = fixed ? fixed : arg[10];
+  const bool first = arg[18];
+  const float eps = as_float(arg[17]), strongest = as_float(arg[19]);
+  int64_t begin, end;
+  worker.share(arg[9], 1, begin, end);
+  for (int64_t head = begin; head < end; ++head) {
+    const int64_t at = head * n;
+    const float *r = worker.at(arg[0]) + at, *keys = worker.at(arg[1]) + at;
+    const float *decays = worker.at(arg[4]) + at, *iclrs = worker.at(arg[5]) + at;
+    const float *parts = worker.at(arg[6]) + at, *gate = worker.at(arg[7]) + at;
+    const float *values = worker.at(arg[2]) + at;
+    const float *removal_scale = (const float*)arg[12] + at, *iclr_scale = (const float*)arg[13] + at;
+    const float *bonus = (const float*)arg[14] + at, *weight = (const float*)arg[15] + at;
+    const float* bias = (const float*)arg[16] + at;
+    float *v_first = worker.at(arg[3]) + at, *y = worker.at(arg[8]) + at;
+    alignas(64) float w[MAX_HEAD], a[MAX_HEAD], b[MAX_HEAD], k[MAX_HEAD], v[MAX_HEAD], o[MAX_HEAD];
+    Floats length = {}, own = {};
+    for (int64_t i = 0; i < n; i += LANES) {
+      const int64_t left = n - i;
+      const Floats key = load(keys + i, left), iclr = sigmoid(load(iclrs + i, left));
+      Floats value = load(values + i, left);
+      if (first)
+        store(v_first + i, value, left);
+      else
+        value += (load(v_first + i, left) - value) * sigmoid(load(parts + i, left));
+      const Floats removal = key * load(removal_scale + i, left);
+      const Floats written = key + key * load(iclr_scale + i, left) * (iclr - 1.0f);
+      length += removal * removal;
+      own += load(r + i, left) * written * load(bonus + i, left);
+      store(w + i, exponential(strongest * sigmoid(load(decays + i, left))));
+      store(a + i, -removal);
+      store(b + i, iclr);
+      store(k + i, written);
+      store(v + i, value);
+    }
+    const float norm = std::sqrt(sum(length)), inverse = 1.0f / (norm > 1e-12f ? norm : 1e-12f);
+    for (int64_t i = 0; i < n; i += LANES) {
+      const Floats removal = load(a + i) * inverse;
+      store(a + i, removal);
+      store(b + i, -removal * load(b + i));
+    }
+    const int64_t matrix = head * n * n;
+    delta_step<fixed>(n, (const float*)worker.call->in[arg[11]] + matrix,
+                      (float*)worker.call->out[arg[11]] + matrix, w, a, b, k, v, r, o);
+    const float bonus_size = sum(own), mean = mean_of(o, n);
+    const float scale = 1.0f / std::sqrt(variance_of(o, mean, n) + eps);
+    for (int64_t i = 0; i < n; i += LANES) {
+      const int64_t left = n - i;
+      const Floats normed = (load(o + i) - mean) * scale * load(weight + i, left);
+      const Floats z = normed + load(bias + i, left) + load(v + i) * bonus_size;
+      store(y + i, z * load(gate + i, left), left);
+    }
+  }
+}
+
+enum Kind { BARRIER, EMBED, NORMALIZE, INTERPOLATE, KEEP, MULTIPLY, RWKV7 };
+
+static void run(const Worker& worker) {
+  const Program& program = *worker.call->program;
+  for (int64_t i = 0; i < program.count; ++i) {
+    const int64_t* arg = program.instructions[i].arg;
+    switch (program.instructions[i].kind) {
+      case BARRIER: wait(program.barrier, worker.threads); break;
+      case EMBED: embed(worker, arg); break;
+      case NORMALIZE: normalize(worker, arg); break;
+      case INTERPOLATE: interpolate(worker, arg); break;
+      case KEEP: keep(worker, arg); break;
+      case MULTIPLY: multiply(worker, arg); break;
+      case RWKV7:
+        if (arg[10] == 64)
+          rwkv7_heads<64>(worker, arg);
+        else
+          rwkv7_heads<0>(worker, arg);
+        break;
+    }
+  }
+}
+
+static double read(const float* data, int64_t begin, int64_t end) {
+  Floats a = {}, b = {}, c = {}, d = {};
+  int64_t i = begin;
+  for (; i + 4 <= end; i += 4) {
+    a += load(data + i * LANES);
+    b += load(data + (i + 1) * LANES);
+    c += load(data + (i + 2) * LANES);
+    d += load(data + (i + 3) * LANES);
+  }
+  for (; i < end; ++i) a += load(data + i * LANES);
+  return sum((a + b) + (c + d));
+}

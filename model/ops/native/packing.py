@@ -1,0 +1,93 @@
+"""Matrices as the native token step reads them: in four formats, in tiles of 16 rows.
+
+A matrix-vector product is as fast as its matrix can be read, so a format is worth what it saves in
+bytes. Integers have one scale for each 32 weights of a row.
+
+Shape legend: R rows, C columns, N = C / 32 blocks of a row.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FORMATS = ("fp32", "bf16", "int8", "int4")
+"""Bits a weight: 32, 16, 8.5 and 4.5, scales included. In the order of the kernel's `Format`."""
+
+ROWS = 16
+"""Rows of a tile: the lanes of a register."""
+BLOCK = 32
+"""Columns that share a scale."""
+
+
+class PackedMatrix(NamedTuple):
+    """A matrix in tiles."""
+
+    values: Tensor
+    """Flat, in the order in which they are read."""
+    scales: Tensor | None
+    """`[R / 16, N, 16]` bfloat16, of the integer formats."""
+    rows: int
+    """Before they were filled up to whole tiles."""
+    columns: int
+    """With the zeros that fill up the last block."""
+
+
+def pack(matrix: Tensor, weights: str) -> PackedMatrix:
+    """Rounds `[R, C]` to a format of `FORMATS` and lays it out for the kernel."""
+    rows = matrix.shape[0]
+    matrix = _filled_up(matrix.detach().float(), 1 if weights == "fp32" else BLOCK)
+    tiles = matrix.unflatten(0, (-1, ROWS))
+    if weights == "fp32":
+        values, scales = tiles.transpose(1, 2), None
+    elif weights == "bf16":
+        values, scales = tiles.bfloat16().unflatten(2, (-1, 2)).transpose(1, 2), None
+    else:
+        integers, by_row = _quantize(matrix, weights)
+        blocks = integers.unflatten(0, (-1, ROWS))  # [R / 16, 16, N, 32]
+        scales = by_row.unflatten(0, (-1, ROWS)).transpose(1, 2)
+        if weights == "int8":
+            values = (blocks + 128).to(torch.uint8).unflatten(3, (8, 4)).permute(0, 2, 3, 1, 4)
+        else:
+            low, high = (blocks + 8).to(torch.uint8).unflatten(3, (4, 2, 4)).unbind(4)
+            values = (low | high << 4).permute(0, 2, 3, 1, 4)
+    return PackedMatrix(
+        values.flatten(),
+        None if scales is None else scales.contiguous(),
+        rows,
+        matrix.shape[1],
+    )
+
+
+def rounded(matrix: Tensor, weights: str) -> Tensor:
+    """The matrix `[R, C]` that `pack` keeps, as float32."""
+    if weights == "fp32":
+        return matrix.float()
+    if weights == "bf16":
+        return matrix.bfloat16().float()
+    integers, scales = _quantize(_filled_up(matrix.detach().float(), BLOCK), weights)
+    return (integers * scales.float()[..., None]).flatten(1)[: matrix.shape[0], : matrix.shape[1]]
+
+
+def _filled_up(matrix: Tensor, columns: int) -> Tensor:
+    """With rows of zeros up to whole tiles, and columns of zeros up to a multiple."""
+    missing = [-matrix.shape[1] % columns, -matrix.shape[0] % ROWS]
+    return F.pad(matrix, (0, missing[0], 0, missing[1]))
+
+
+def _quantize(matrix: Tensor, weights: str) -> tuple[Tensor, Tensor]:
+    """Integers `[R, N, 32]` as floats, and scales `[R, N]` in bfloat16, for a filled up matrix."""
+    blocks = matrix.unflatten(1, (-1, BLOCK))
+    if weights == "int8":
+        scales = (blocks.abs().amax(dim=-1) / 127).bfloat16()
+        return _integers(blocks, scales, -127, 127), scales
+    # Four bits reach from -8 to 7: the largest value takes the end that reaches further.
+    largest = blocks.gather(-1, blocks.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
+    scales = (largest / -8).bfloat16()
+    return _integers(blocks, scales, -8, 7), scales
+
+
+def _integers(blocks: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
+    divisors = torch.where(scales == 0, 1.0, scales.float())[..., None]
+    return (blocks / divisors).round().clamp(low, high)

@@ -1,0 +1,282 @@
+"""Programs for the native token step (`decode.cpp`): what a layer does to one token.
+
+A layer describes its step with the methods of `Program`; all matrices and vectors it names are
+packed into one stretch of memory when the program is finished. Between barriers every thread works
+on its own share, so a vector that is computed in shares may be read whole only after a `barrier`.
+"""
+
+import math
+import mmap
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.ops.native.packing import FORMATS, ROWS, PackedMatrix, pack
+
+ACTIVATIONS = ("none", "tanh", "sigmoid", "squared_relu", "silu")
+"""In the order of the kernel's `Activation`."""
+KINDS = ("barrier", "embed", "normalize", "interpolate", "keep", "multiply", "rwkv7")
+"""In the order of the kernel's `Kind`."""
+WORDS = 24
+"""Of an instruction: its kind and its arguments."""
+LARGEST_HEAD = 512
+"""The kernel's `MAX_HEAD`."""
+_PADDING = 32
+"""Vectors are filled up with zeros to a multiple of this many floats: whole blocks, whole lines."""
+
+
+class Vector(NamedTuple):
+    """A place for a vector while a token is worked on."""
+
+    offset: int
+    size: int
+    own: bool
+    """Whether each thread has one, or all share one."""
+
+
+class _Place(NamedTuple):
+    """Of a packed tensor, in bytes from the beginning."""
+
+    offset: int
+
+
+LOGITS = Vector(-1, 0, False)
+"""Where the logits of the next token go."""
+
+Argument = int | float | bool | Vector | _Place | None
+
+
+class FinishedProgram(NamedTuple):
+    """What the kernel runs."""
+
+    instructions: np.ndarray[tuple[int, int], np.dtype[np.int64]]
+    """`[count, WORDS]`."""
+    weights: Tensor
+    """Bytes that the instructions point into; must live as long as they do."""
+    keep_alive: Sequence[Tensor]
+    """Tensors that are read where they are."""
+    shared_size: int
+    """Floats that all threads share."""
+    own_size: int
+    """Floats of each thread."""
+
+
+class Program:
+    """Collects instructions.
+
+    Args:
+        weights: one of `FORMATS`, what the matrices are kept in.
+        width: D.
+    """
+
+    def __init__(self, weights: str, width: int) -> None:
+        self.weights = weights
+        self._instructions: list[tuple[str, tuple[Argument, ...]]] = []
+        self._packed: list[tuple[int, Tensor]] = []
+        self._bytes = 0
+        self._alive: list[Tensor] = []
+        self._sizes = {False: 0, True: 0}
+        self._most = {False: 0, True: 0}
+        self._room = 0
+        self.v_first = self.vector(width)
+        """`[D]`: the first layer's values, which RWKV-7's other layers lean towards."""
+
+    def vector(self, size: int, *, own: bool = False) -> Vector:
+        """A new place."""
+        place = Vector(self._sizes[own], size, own)
+        self._sizes[own] += _padded(size)
+        return place
+
+    @contextmanager
+    def reuse(self) -> Iterator[None]:
+        """Places made inside are free again afterwards."""
+        before = dict(self._sizes)
+        yield
+        for own, size in before.items():
+            self._most[own] = max(self._most[own], self._sizes[own])
+            self._sizes[own] = size
+
+    def barrier(self) -> None:
+        """Threads wait until all have come here."""
+        self._add("barrier")
+
+    def embed(self, table: Tensor, out: Vector) -> None:
+        """The token's row of `[vocab, D]`, which is not packed: one row a token is read."""
+        self._alive.append(table)
+        self._add("embed", table.data_ptr(), table.shape[1], out)
+
+    def normalize(
+        self,
+        x: Vector,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        out: Vector | None = None,
+    ) -> Vector:
+        """LayerNorm, or without a bias RMSNorm; every thread its own unless `out` says otherwise.
+
+        The caller must see to it that x is whole.
+        """
+        out = self.vector(x.size, own=True) if out is None else out
+        self._add("normalize", x, out, x.size, self._row(weight), self._row(bias), eps)
+        return out
+
+    def interpolate(self, x: Vector, slot: Any, mixes: Tensor) -> list[Vector]:
+        """`x + (previous - x) mix` for each of `mixes [m, D]`; previous is the state's tensor."""
+        assert x.own
+        outs = [self.vector(x.size, own=True) for _ in mixes]
+        stride = _padded(x.size)
+        rows = torch.nn.functional.pad(mixes, (0, stride - x.size))
+        self._add(
+            "interpolate", x, outs[0], x.size, slot, self._place(rows), len(mixes), stride
+        )
+        return outs
+
+    def keep(self, x: Vector, slot: Any) -> None:
+        """Makes x the state's tensor; no thread may still want the old one."""
+        self._add("keep", x, x.size, slot)
+
+    def multiply(
+        self,
+        matrix: Tensor,
+        x: Vector,
+        *,
+        bias: Tensor | None = None,
+        activation: str = "none",
+        out: Vector | None = None,
+        add: bool = False,
+        grain: int = ROWS,
+        weights: str | None = None,
+    ) -> Vector:
+        """`activation(matrix x + bias)`, shared between the threads by rows.
+
+        Args:
+            matrix: `[R, C]`.
+            x: must be whole.
+            bias: `[R]`.
+            activation: one of `ACTIVATIONS`.
+            out: where to; a new place if None.
+            add: to what is there, instead of in its place.
+            grain: each thread gets a multiple of so many rows, itself a multiple of 16.
+            weights: another format than the program's.
+        """
+        assert x.size == matrix.shape[1] and grain % ROWS == 0
+        out = self.vector(matrix.shape[0]) if out is None else out
+        weights = weights or self.weights
+        packed: PackedMatrix = pack(matrix, weights)
+        # Of x in 8 bits: a scale and a sum a block, then the values.
+        self._room = max(self._room, 2 * packed.columns // 32 + packed.columns // 4)
+        self._add(
+            "multiply",
+            self._place(packed.values),
+            self._place(packed.scales),
+            FORMATS.index(weights),
+            packed.rows,
+            packed.columns,
+            x,
+            out,
+            grain,
+            ACTIVATIONS.index(activation),
+            self._row(bias),
+            add,
+            Vector(0, 0, True),  # the room, which stands first among a thread's own
+            x.size,
+        )
+        return out
+
+    def rwkv7(
+        self,
+        vectors: Sequence[Vector],
+        *,
+        num_heads: int,
+        head_dim: int,
+        slot: Any,
+        parameters: Sequence[Tensor],
+        eps: float,
+        is_first: bool,
+        strongest_decay: float,
+    ) -> None:
+        """RWKV-7 between its matrices, heads shared between the threads.
+
+        Args:
+            vectors: receptance, key, value, first value, decay, iclr, value residual, gate and the
+                output, the first eight at least in the thread's own heads.
+            num_heads: H.
+            head_dim: K, which is V.
+            slot: the state's matrix.
+            parameters: removal scale, iclr scale, bonus, the norm's weight and bias.
+            eps: of the norm.
+            is_first: whether this layer's value is the first value.
+            strongest_decay: factor of the decay's logarithm.
+        """
+        rows = [self._row(parameter.flatten()) for parameter in parameters]
+        self._add(
+            "rwkv7", *vectors, num_heads, head_dim, slot, *rows, eps, is_first, strongest_decay
+        )
+
+    def finish(self) -> FinishedProgram:
+        """Packs everything."""
+        memory = _huge_pages(max(self._bytes, 1))
+        for offset, tensor in self._packed:
+            memory[offset : offset + tensor.numel()].copy_(tensor)
+        self._packed.clear()
+        most = {own: max(size, self._most[own]) for own, size in self._sizes.items()}
+        room, shared = _padded(self._room), most[False]
+
+        def resolve(argument: Argument) -> int:
+            if isinstance(argument, Vector):
+                if argument == LOGITS:
+                    return -1
+                if not argument.own:
+                    return argument.offset
+                return shared + (argument.offset + room if argument.size else 0)
+            if isinstance(argument, _Place):
+                return memory.data_ptr() + argument.offset
+            if isinstance(argument, float):
+                (bits,) = struct.unpack("=q", struct.pack("=d", argument))
+                return int(bits)
+            return int(argument or 0)
+
+        instructions = np.zeros((len(self._instructions), WORDS), dtype=np.int64)
+        for row, (kind, arguments) in zip(instructions, self._instructions, strict=True):
+            row[0] = KINDS.index(kind)
+            row[1 : 1 + len(arguments)] = [resolve(argument) for argument in arguments]
+        return FinishedProgram(
+            instructions, memory, self._alive, shared, room + most[True]
+        )
+
+    def _add(self, kind: str, *arguments: Argument) -> None:
+        self._instructions.append((kind, arguments))
+
+    def _row(self, vector: Tensor | None) -> _Place | None:
+        """A packed vector, filled up with zeros."""
+        if vector is None:
+            return None
+        missing = _padded(vector.numel()) - vector.numel()
+        return self._place(torch.nn.functional.pad(vector.float(), (0, missing)))
+
+    def _place(self, tensor: Tensor | None) -> _Place | None:
+        if tensor is None:
+            return None
+        flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+        place = _Place(self._bytes)
+        self._packed.append((place.offset, flat))
+        self._bytes += math.ceil(flat.numel() / 128) * 128
+        return place
+
+
+def _padded(size: int) -> int:
+    return math.ceil(size / _PADDING) * _PADDING
+
+
+def _huge_pages(size: int) -> Tensor:
+    """Bytes in pages of 2 MB where the system has them: reading is a tenth faster."""
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
