@@ -77,7 +77,7 @@ def recurrent_additive(
             read = state + bonus[:, :, None] * write
             state = decay * state + write
         outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], read))
-    return _finish(torch.stack(outputs, dim=1), normalize, eps).to(v.dtype), state
+    return divided(torch.stack(outputs, dim=1), normalize, eps).to(v.dtype), state
 
 
 def parallel_additive(
@@ -148,7 +148,35 @@ def chunked_additive(
     if segments is not None:
         from_state, write = from_state * segments.first, write * segments.last
     states, state = _carry(state, write.mT @ values, decay.over_chunk(), segments)
-    return _finish(chunks.join(o + from_state @ states), normalize, eps).to(v.dtype), state
+    return divided(chunks.join(o + from_state @ states), normalize, eps).to(v.dtype), state
+
+
+def check_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    bonus: Tensor | None,
+    normalize: bool,
+    reset: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:
+    """Refuses arguments of `recurrent_additive` that do not fit together, in every form.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    check_shapes(
+        q,
+        k,
+        v,
+        log_decay=log_decay,
+        reset=reset,
+        initial_state=initial_state,
+        state_width=v.shape[-1] + normalize,
+    )
+    if bonus is not None and bonus.shape != k.shape[2:]:
+        raise ValueError(f"bonus must be [H, K] = {[*k.shape[2:]]}, but is {[*bonus.shape]}")
 
 
 def _prepare(
@@ -166,18 +194,8 @@ def _prepare(
 
     With `normalize` a column of ones stands behind the values: what it gathers is z.
     """
+    check_arguments(q, k, v, log_decay, bonus, normalize, reset, initial_state)
     width = v.shape[-1] + normalize
-    check_shapes(
-        q,
-        k,
-        v,
-        log_decay=log_decay,
-        reset=reset,
-        initial_state=initial_state,
-        state_width=width,
-    )
-    if bonus is not None and bonus.shape != k.shape[2:]:
-        raise ValueError(f"bonus must be [H, K] = {[*k.shape[2:]]}, but is {[*bonus.shape]}")
     dtype = state_dtype(q, k, v)
     batch, _, heads, key_dim = k.shape
     values = F.pad(v.to(dtype), (0, 1), value=1.0) if normalize else v.to(dtype)
@@ -210,6 +228,6 @@ def _carry(
     return torch.stack(before, dim=2), state
 
 
-def _finish(o: Tensor, normalize: bool, eps: float) -> Tensor:
+def divided(o: Tensor, normalize: bool, eps: float) -> Tensor:
     """Divides by the last column, the sum of weights, where the recurrence is normalised."""
     return o[..., :-1] / (o[..., -1:] + eps) if normalize else o

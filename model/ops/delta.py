@@ -158,6 +158,33 @@ def chunked_delta(
     return chunks.join(o).to(output_dtype), state
 
 
+def check_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor | None,
+    reset: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:
+    """Refuses arguments of `recurrent_delta` that do not fit together, in every form.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    check_shapes(
+        q,
+        k,
+        v,
+        like_k=(("a", a), ("b", b)),
+        log_decay=log_decay,
+        reset=reset,
+        initial_state=initial_state,
+        state_width=v.shape[-1],
+    )
+
+
 def _prepare(
     q: Tensor,
     k: Tensor,
@@ -170,16 +197,7 @@ def _prepare(
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Checks the arguments; q (scaled), k, v, a, b and state in the state's dtype."""
-    check_shapes(
-        q,
-        k,
-        v,
-        like_k=(("a", a), ("b", b)),
-        log_decay=log_decay,
-        reset=reset,
-        initial_state=initial_state,
-        state_width=v.shape[-1],
-    )
+    check_arguments(q, k, v, a, b, log_decay, reset, initial_state)
     dtype = state_dtype(q, k, v)
     q, k, v, a, b = (x.to(dtype) for x in (q, k, v, a, b))
     if initial_state is None:

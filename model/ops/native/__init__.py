@@ -1,1 +1,95 @@
-"""Native CPU kernels."""
+"""Native CPU kernels of the recurrences, under the signatures of their recurrent forms.
+
+They are compiled when the package is installed, where there is a C++ compiler. Without them the
+PyTorch forms run; `status()` says which it is.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.ops import additive, delta
+from model.ops.decay import state_dtype
+from model.ops.native.library import is_available, library, status
+from model.ops.native.scan import scan, scan_now
+
+__all__ = ["is_available", "library", "native_additive", "native_delta", "status"]
+
+
+def native_additive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    bonus: Tensor | None = None,
+    normalize: bool = False,
+    scale: float = 1.0,
+    reset: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """`recurrent_additive`, compiled: token by token, each panel of the state in the L1 cache.
+
+    Arguments, results and errors as `recurrent_additive`; there is no second derivative.
+    """
+    additive.check_arguments(q, k, v, log_decay, bonus, normalize, reset, initial_state)
+    dtype = state_dtype(q, k, v)
+    values = F.pad(v.to(dtype), (0, 1), value=1.0) if normalize else v
+    o, state = _scan(
+        dtype, q, k, values, None, None, log_decay, bonus, reset, initial_state, scale
+    )
+    return additive.divided(o, normalize, eps).to(v.dtype), state
+
+
+def native_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor | None = None,
+    scale: float = 1.0,
+    reset: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`recurrent_delta`, compiled: token by token, each panel of the state in the L1 cache.
+
+    Arguments, results and errors as `recurrent_delta`; there is no second derivative.
+    """
+    delta.check_arguments(q, k, v, a, b, log_decay, reset, initial_state)
+    dtype = state_dtype(q, k, v)
+    o, state = _scan(dtype, q, k, v, a, b, log_decay, None, reset, initial_state, scale)
+    return o.to(v.dtype), state
+
+
+def _scan(
+    dtype: torch.dtype,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    log_decay: Tensor | None,
+    bonus: Tensor | None,
+    reset: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The operator, or its forward pass alone where nothing will ask for more.
+
+    The exponential is PyTorch's, so that the gradient of `log_decay` is that of the decay times the
+    decay: 0 for -inf.
+    """
+    decay = None if log_decay is None else log_decay.to(dtype).exp()
+    tensors = [
+        None if x is None else x.to(dtype) for x in (q, k, v, a, b, decay, bonus, initial_state)
+    ]
+    tensors.insert(-1, reset)
+    given = [x for x in tensors if x is not None]
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    is_plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in given)
+    run = scan_now if is_plain and not keep and not torch.compiler.is_compiling() else scan
+    o, state, _, _ = run(*tensors, scale, keep)
+    return o, state

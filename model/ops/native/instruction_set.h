@@ -1,0 +1,13 @@
+// All kernels for one instruction set: EBB_NAMESPACE, EBB_TARGET (the functions' attribute),
+// EBB_VECTOR_BYTES and EBB_PANEL_VECTORS (what fits into its registers) say which.
+namespace EBB_NAMESPACE {
+
+#include "simd.h"
+#include "scan_kernels.h"
+
+}  // namespace EBB_NAMESPACE
+#undef EBB_INLINE
+#undef EBB_NAMESPACE
+#undef EBB_TARGET
+#undef EBB_VECTOR_BYTES
+#undef EBB_PANEL_VECTORS

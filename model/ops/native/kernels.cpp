@@ -1,0 +1,167 @@
+// Native kernels of the recurrences: one binary for every instruction set, called through ctypes.
+//
+// The kernels are compiled once for each instruction set; the widest one that the machine has is
+// taken when the library is loaded. They hold no OpenMP: the parallel region calls them.
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include "scan.h"
+
+template <class Real>
+using Index = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
+
+#if defined(__x86_64__)
+#define EBB_NAMESPACE avx512
+#define EBB_TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
+#define EBB_VECTOR_BYTES 64
+#define EBB_PANEL_VECTORS 4
+#include "instruction_set.h"
+
+#define EBB_NAMESPACE avx2
+#define EBB_TARGET __attribute__((target("avx2,fma")))
+#define EBB_VECTOR_BYTES 32
+#define EBB_PANEL_VECTORS 2
+#include "instruction_set.h"
+#endif
+
+#define EBB_NAMESPACE baseline
+#define EBB_TARGET
+#define EBB_VECTOR_BYTES 16
+#define EBB_PANEL_VECTORS 2
+#include "instruction_set.h"
+
+namespace {
+
+// Instruction sets, from the plainest to the widest.
+enum { BASELINE, AVX2, AVX512 };
+
+int widest() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  return avx2 && avx512 ? AVX512 : avx2 ? AVX2 : BASELINE;
+#else
+  return BASELINE;
+#endif
+}
+
+int chosen = widest();
+
+template <class Real>
+const ScanKernels<Real>& scan_kernels() {
+#if defined(__x86_64__)
+  if (chosen == AVX512) return avx512::SCAN_KERNELS<Real>;
+  if (chosen == AVX2) return avx2::SCAN_KERNELS<Real>;
+#endif
+  return baseline::SCAN_KERNELS<Real>;
+}
+
+// Memory of one thread for its kernels, kept from call to call; aligned, and finite numbers.
+template <class Real>
+Real* scratch(int64_t count) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local int64_t size = 0;
+  const int64_t needed = (count * int64_t(sizeof(Real)) + 63) / 64 * 64;
+  if (needed > size) {
+    memory.reset(std::aligned_alloc(64, needed));
+    size = memory ? needed : 0;
+    if (memory) std::fill_n(static_cast<char*>(memory.get()), needed, 0);
+  }
+  return static_cast<Real*>(memory.get());
+}
+
+template <class Real>
+int64_t count_panels(const Scan<Real>& s) {
+  int64_t panels = 0;
+  for (int64_t c = 0; c < s.value_dim; c = scan_kernels<Real>().panel_end(s, c)) ++panels;
+  return panels;
+}
+
+template <class Real>
+int64_t panel_begin(const Scan<Real>& s, int64_t panel) {
+  int64_t column = 0;
+  while (panel-- > 0) column = scan_kernels<Real>().panel_end(s, column);
+  return column;
+}
+
+template <class Real>
+int forward(const Scan<Real>& s, int threads) {
+  const auto& kernels = scan_kernels<Real>();
+  const auto kernel = kernels.forward[kernels.kind(s)];
+  const int64_t panels = count_panels(s), items = s.batch * s.heads * panels;
+  const int team = int(std::max<int64_t>(std::min<int64_t>(threads, items), 1));
+  int failed = 0;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1) reduction(| : failed)
+  for (int64_t item = 0; item < items; ++item) {
+    Real* const memory = scratch<Real>(kernels.scratch(s, false));
+    if (memory)
+      kernel(s, item / panels, panel_begin(s, item % panels), memory);
+    else
+      failed = 1;
+  }
+  return failed;
+}
+
+template <class Real>
+int backward(const Scan<Real>& s, const ScanGradient<Real>& d, int threads) {
+  const auto& kernels = scan_kernels<Real>();
+  const auto kernel = kernels.backward[kernels.kind(s)];
+  const int64_t items = s.batch * s.heads * d.parts;
+  const int team = int(std::max<int64_t>(std::min<int64_t>(threads, items), 1));
+  int failed = 0;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1) reduction(| : failed)
+  for (int64_t item = 0; item < items; ++item) {
+    Real* const memory = scratch<Real>(kernels.scratch(s, true));
+    const int64_t index = item / d.parts, part = item % d.parts;
+    if (!memory)
+      failed = 1;
+    else if (d.parts > 1)
+      kernel(s, d, index, panel_begin(s, part), part, memory);
+    else
+      for (int64_t c = 0; c < s.value_dim;) c = kernel(s, d, index, c, 0, memory);
+  }
+  return failed;
+}
+
+}  // namespace
+
+// The module is never imported, only loaded; setuptools builds extensions of Python alone.
+extern "C" {
+#if defined(_WIN32)
+#define EBB_EXPORT __declspec(dllexport)
+#else
+#define EBB_EXPORT __attribute__((visibility("default")))
+#endif
+
+EBB_EXPORT void* PyInit__kernels() { return nullptr; }
+
+EBB_EXPORT int ebb_instruction_set() { return chosen; }
+
+// Takes a plainer instruction set than the widest that the machine has; returns what is in use.
+EBB_EXPORT int ebb_use_instruction_set(int wanted) {
+  return chosen = std::max(int(BASELINE), std::min(wanted, widest()));
+}
+
+EBB_EXPORT int64_t ebb_panels_f32(const Scan<float>* s) { return count_panels(*s); }
+EBB_EXPORT int64_t ebb_panels_f64(const Scan<double>* s) { return count_panels(*s); }
+EBB_EXPORT int ebb_scan_forward_f32(const Scan<float>* s, int threads) {
+  return forward(*s, threads);
+}
+EBB_EXPORT int ebb_scan_forward_f64(const Scan<double>* s, int threads) {
+  return forward(*s, threads);
+}
+EBB_EXPORT int ebb_scan_backward_f32(const Scan<float>* s, const ScanGradient<float>* d,
+                                     int threads) {
+  return backward(*s, *d, threads);
+}
+EBB_EXPORT int ebb_scan_backward_f64(const Scan<double>* s, const ScanGradient<double>* d,
+                                     int threads) {
+  return backward(*s, *d, threads);
+}
+}

@@ -1,0 +1,85 @@
+"""The compiled library: found and loaded when it is first asked for, and called through ctypes."""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+INSTRUCTION_SETS = ("baseline", "AVX2", "AVX-512")
+"""Names of what `ebb_instruction_set` returns; on processors other than x86, only the first."""
+
+FOLDER = Path(__file__).parent
+"""Where an installation puts the compiled library."""
+
+_FUNCTIONS = ("scan_forward", "scan_backward", "panels")
+
+
+class Library:
+    """The functions of the compiled library, by name and dtype."""
+
+    def __init__(self, path: Path) -> None:
+        # torch is imported above: the library finds the OpenMP runtime that torch has loaded.
+        self._library = ctypes.CDLL(str(path))
+
+    def function(self, name: str, dtype: torch.dtype) -> Callable[..., int]:
+        """A function that exists for float32 and float64."""
+        suffix = {torch.float32: "f32", torch.float64: "f64"}[dtype]
+        return getattr(self._library, f"ebb_{name}_{suffix}")  # type: ignore[no-any-return]
+
+    def instruction_set(self) -> str:
+        """The one in use: the widest that the machine has, unless another was chosen."""
+        return INSTRUCTION_SETS[self._library.ebb_instruction_set()]
+
+    def use_instruction_set(self, name: str) -> str:
+        """Takes a plainer one, for tests; returns what is in use then."""
+        self._library.ebb_use_instruction_set(INSTRUCTION_SETS.index(name))
+        return self.instruction_set()
+
+
+@functools.cache
+def _load() -> tuple[Library | None, str]:
+    """The library or None, and how things stand, in a few words."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = FOLDER / f"_kernels{suffix}"
+        if path.exists():
+            try:
+                library = Library(path)
+            except OSError as error:
+                return None, f"the compiled kernels do not load ({error}): reinstall"
+            return library, ""
+    return None, "no compiled kernels: install a C++ compiler and reinstall"
+
+
+def library() -> Library:
+    """The compiled library.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found, reason = _load()
+    if found is None:
+        raise ValueError(f"the native kernels are not there: {reason}")
+    return found
+
+
+def is_available() -> bool:
+    """Whether the native kernels can run."""
+    return _load()[0] is not None
+
+
+def status() -> str:
+    """What `ebb info` says: the instruction set in use, or what would bring the kernels."""
+    found, reason = _load()
+    return reason if found is None else f"native, {found.instruction_set()}"
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """Where a contiguous tensor begins; None for null."""
+    if x is None or x.numel() == 0:
+        return None
+    assert x.is_contiguous() and x.device.type == "cpu"
+    return x.data_ptr()

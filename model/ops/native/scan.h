@@ -1,0 +1,65 @@
+// What a scan over the matrix state works on: additive and delta recurrence alike.
+//
+//   S_t = diag(decay_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T,   o_t = scale q_t S_t
+//
+// without a and b the additive recurrence. With a bonus u the state is read before the write,
+// o_t = scale q_t (S_{t-1} + diag(u) k_t v_t^T). Shapes, all contiguous: q, k, a, b [B, T, H, K];
+// v, o [B, T, H, V]; states [B, H, K, V]; decay [B, T, H, K] or [B, T, H]; bonus [H, K]; reset [B, T].
+#pragma once
+#include <cstdint>
+
+template <class Real>
+struct Scan {
+  int64_t batch, time, heads, key_dim, value_dim;
+  int64_t chunk;           // tokens between two checkpoints of the state
+  int64_t decay_channels;  // K or 1; 0 for no decay
+  double scale;
+  const Real *q, *k, *v, *a, *b, *decay, *bonus;
+  const uint8_t* reset;
+  const Real* initial;
+  // Written by the forward pass. The last two only where a backward pass will follow: what each
+  // token removed, a_t^T S_{t-1}, [B, T, H, V], and the state before each chunk, panel by panel.
+  Real *o, *final, *removed, *checkpoints;
+
+  int64_t keys() const { return batch * time * heads * key_dim; }
+};
+
+// Columns that the checkpoints of a state have: whole vectors of any instruction set.
+inline int64_t padded_width(int64_t value_dim) { return (value_dim + 15) / 16 * 16; }
+
+template <class Real>
+struct ScanGradient {
+  const Real *o, *final;  // cotangents
+  // Sums over V are formed panel by panel. With parts = 1 one thread adds up the panels of a head;
+  // else parts is the number of panels, and each writes into its own [parts, ...].
+  int64_t parts;
+  Real *q, *k, *a, *b, *decay;
+  double* bonus;  // [parts, B, H, K], zeros: summed over time here
+  Real *v, *initial;
+};
+
+// One head in one row of the batch: where its tokens stand.
+template <class Real>
+struct Head {
+  int64_t row, head, index, key_step, value_step, key_offset, value_offset;
+  Head(const Scan<Real>& s, int64_t index)
+      : row(index / s.heads),
+        head(index % s.heads),
+        index(index),
+        key_step(s.heads * s.key_dim),
+        value_step(s.heads * s.value_dim),
+        key_offset((row * s.time * s.heads + head) * s.key_dim),
+        value_offset((row * s.time * s.heads + head) * s.value_dim) {}
+};
+
+// The kernels of one instruction set; arrays are by kind: additive, additive with bonus, delta.
+template <class Real>
+struct ScanKernels {
+  int64_t (*scratch)(const Scan<Real>&, bool backward);
+  int64_t (*panel_end)(const Scan<Real>&, int64_t column);
+  int64_t (*forward[3])(const Scan<Real>&, int64_t index, int64_t column, Real* scratch);
+  int64_t (*backward[3])(const Scan<Real>&, const ScanGradient<Real>&, int64_t index,
+                         int64_t column, int64_t part, Real* scratch);
+
+  static int kind(const Scan<Real>& s) { return s.a ? 2 : s.bonus ? 1 : 0; }
+};

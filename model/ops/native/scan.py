@@ -1,0 +1,239 @@
+"""The scan over a matrix state, native: additive and delta recurrence as one operator of PyTorch.
+
+`scan.h` says what it computes. Shape legend: B batch, T time, H heads, K key dim, V value dim.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.ops.native.library import library, pointer
+
+CHUNK = 16
+"""Tokens between two states that the forward pass keeps for the backward pass."""
+
+
+class _Scan(ctypes.Structure):
+    """`Scan` of scan.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "time", "heads", "key_dim", "value_dim")),
+        ("chunk", ctypes.c_int64),
+        ("decay_channels", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "a", "b", "decay", "bonus")),
+        ("reset", ctypes.c_void_p),
+        ("initial", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("o", "final", "removed", "checkpoints")),
+    )
+
+
+class _ScanGradient(ctypes.Structure):
+    """`ScanGradient` of scan.h."""
+
+    _fields_ = (
+        ("o", ctypes.c_void_p),
+        ("final", ctypes.c_void_p),
+        ("parts", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "a", "b", "decay", "bonus")),
+        ("v", ctypes.c_void_p),
+        ("initial", ctypes.c_void_p),
+    )
+
+
+def _describe(k: Tensor, v: Tensor, decay: Tensor | None, scale: float, **tensors: Any) -> _Scan:
+    batch, time, heads, key_dim = k.shape
+    channels = 0 if decay is None else 1 if decay.dim() == 3 else key_dim
+    pointers = {name: pointer(x) for name, x in (tensors | {"k": k, "v": v, "decay": decay}).items()}
+    sizes = (batch, time, heads, key_dim, v.shape[-1], CHUNK, channels)
+    return _Scan(*sizes, scale, **pointers)
+
+
+def _call(name: str, dtype: torch.dtype, *structures: ctypes.Structure) -> None:
+    function = library().function(name, dtype)
+    if function(*map(ctypes.byref, structures), torch.get_num_threads()):
+        raise MemoryError("the native kernels found no memory for their scratch")
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _saved_shapes(k: Tensor, v: Tensor, has_removal: bool) -> tuple[list[int], list[int]]:
+    """Of what the forward pass keeps: what was removed, and the state before each chunk."""
+    batch, time, heads, key_dim = k.shape
+    padded = -(-v.shape[-1] // 16) * 16
+    checkpoints = [batch, heads, -(-time // CHUNK), key_dim, padded]
+    return [*v.shape] if has_removal else [0], checkpoints
+
+
+def scan_now(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    decay: Tensor | None,
+    bonus: Tensor | None,
+    reset: Tensor | None,
+    initial: Tensor | None,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Runs the forward pass at once, unseen by autograd and by compilers.
+
+    Args:
+        q: `[B, T, H, K]`.
+        k: `[B, T, H, K]`.
+        v: `[B, T, H, V]`.
+        a: `[B, T, H, K]`, or None for the additive recurrence.
+        b: `[B, T, H, K]`, with a.
+        decay: `[B, T, H]` or `[B, T, H, K]`, in [0, 1]; None for no decay.
+        bonus: `[H, K]`, with which the state is read before the write; not with a.
+        reset: `[B, T]` bool.
+        initial: `[B, H, K, V]`; None for zeros.
+        scale: factor on q.
+        keep: whether a backward pass will follow.
+
+    Returns:
+        o, the final state, and, empty unless `keep`, what the backward pass needs. All tensors are
+        of one dtype, float32 or float64.
+    """
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    a, b, decay, bonus, reset, initial = map(_contiguous, (a, b, decay, bonus, reset, initial))
+    batch, _, heads, key_dim = k.shape
+    o, final = torch.empty_like(v), v.new_empty(batch, heads, key_dim, v.shape[-1])
+    shapes = _saved_shapes(k, v, a is not None) if keep else ([0], [0])
+    removed, checkpoints = v.new_empty(shapes[0]), v.new_empty(shapes[1])
+    written = {"o": o, "final": final, "removed": removed, "checkpoints": checkpoints}
+    read = {"q": q, "a": a, "b": b, "bonus": bonus, "reset": reset, "initial": initial}
+    _call("scan_forward", v.dtype, _describe(k, v, decay, scale, **read, **written))
+    return o, final, removed, checkpoints
+
+
+scan = torch.library.custom_op("ebb::scan", scan_now, mutates_args=())
+
+
+@scan.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    decay: Tensor | None,
+    bonus: Tensor | None,
+    reset: Tensor | None,
+    initial: Tensor | None,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, _, heads, key_dim = k.shape
+    shapes = _saved_shapes(k, v, a is not None) if keep else ([0], [0])
+    final = v.new_empty(batch, heads, key_dim, v.shape[-1])
+    return v.new_empty(v.shape), final, v.new_empty(shapes[0]), v.new_empty(shapes[1])
+
+
+@torch.library.custom_op("ebb::scan_backward", mutates_args=())
+def scan_backward(
+    for_o: Tensor,
+    for_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    decay: Tensor | None,
+    bonus: Tensor | None,
+    reset: Tensor | None,
+    removed: Tensor,
+    checkpoints: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, a, b, decay, bonus and the initial state; empty for what is None."""
+    q, k, v, for_o = q.contiguous(), k.contiguous(), v.contiguous(), for_o.contiguous()
+    a, b, decay, bonus, reset, for_final = map(_contiguous, (a, b, decay, bonus, reset, for_final))
+    batch, _, heads, key_dim = k.shape
+    read = {"q": q, "a": a, "b": b, "bonus": bonus, "reset": reset}
+    arguments = _describe(k, v, decay, scale, **read, removed=removed, checkpoints=checkpoints)
+
+    parts = 1
+    if batch * heads < torch.get_num_threads():
+        parts = library().function("panels", v.dtype)(ctypes.byref(arguments))
+
+    def parted(x: Tensor | None) -> Tensor:
+        return k.new_empty(0) if x is None else k.new_empty(parts, *x.shape)
+
+    sums = {"q": parted(q), "k": parted(k), "a": parted(a), "b": parted(b), "decay": parted(decay)}
+    for_bonus = k.new_zeros(0)
+    if bonus is not None:
+        for_bonus = k.new_zeros(parts, batch, heads, key_dim, dtype=torch.float64)
+    for_v, for_initial = torch.empty_like(v), v.new_empty(batch, heads, key_dim, v.shape[-1])
+    whole = {"o": for_o, "final": for_final, "v": for_v, "initial": for_initial}
+    pointers = {n: pointer(x) for n, x in (sums | whole | {"bonus": for_bonus}).items()}
+    _call("scan_backward", v.dtype, arguments, _ScanGradient(parts=parts, **pointers))
+
+    def joined(x: Tensor) -> Tensor:
+        return x if x.numel() == 0 else x.squeeze(0) if parts == 1 else x.sum(0)
+
+    for_q, for_k, for_a, for_b, for_decay = map(joined, sums.values())
+    if bonus is not None:
+        for_bonus = for_bonus.sum((0, 1)).to(bonus.dtype)
+    return for_q, for_k, for_v, for_a, for_b, for_decay, for_bonus, for_initial
+
+
+@scan_backward.register_fake
+def _(
+    for_o: Tensor,
+    for_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    decay: Tensor | None,
+    bonus: Tensor | None,
+    reset: Tensor | None,
+    removed: Tensor,
+    checkpoints: Tensor,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    batch, _, heads, key_dim = k.shape
+    like = (k.new_empty(0) if x is None else x.new_empty(x.shape) for x in (a, b, decay, bonus))
+    for_initial = v.new_empty(batch, heads, key_dim, v.shape[-1])
+    return (*(x.new_empty(x.shape) for x in (q, k, v)), *like, for_initial)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, initial, scale, keep = inputs
+    if not keep:
+        raise ValueError("ebb::scan has gradients only with keep=True")
+    _, _, removed, checkpoints = output
+    ctx.mark_non_differentiable(removed, checkpoints)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, removed, checkpoints)
+    ctx.scale, ctx.has_initial = scale, initial is not None
+
+
+def _backward(ctx: Any, for_o: Tensor | None, for_final: Tensor | None, *_: None) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    if for_o is None:
+        for_o = torch.zeros_like(saved[2])
+    gradients = scan_backward(for_o, for_final, *saved, ctx.scale)
+    given = (*(x is not None for x in saved[:7]), ctx.has_initial)
+    *for_tensors, for_initial = (
+        x if is_given else None for x, is_given in zip(gradients, given, strict=True)
+    )
+    return (*for_tensors, None, for_initial, None, None)
+
+
+def _refuse(ctx: Any, *gradients: Any) -> None:
+    raise NotImplementedError(
+        'the native kernels have no second derivative: take the form with backend="torch"'
+    )
+
+
+scan.register_autograd(_backward, setup_context=_keep_for_backward)
+scan_backward.register_autograd(_refuse)
