@@ -22,6 +22,8 @@
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are only passed to functions that are inlined
 
+extern "C" int ebb_instruction_set();  // kernels.cpp
+
 #define INLINE static inline __attribute__((always_inline))
 
 namespace {
@@ -48,7 +50,7 @@ struct Program {
   const Instruction* instructions;
   int64_t count;
   float* shared;                    // shared vectors, then those of each thread
-  int64_t shared_size, private_size;
+  int64_t shared_size, own_size;
   Barrier* barrier;
 };
 
@@ -105,6 +107,13 @@ namespace plain {
 #include "decode_step.h"
 }
 
+double read(const float* lines, int64_t begin, int64_t end) {
+  Floats total[8] = {};
+  for (int64_t i = begin; i < end; ++i) total[i % 8] += plain::load(lines + i * LANES);
+  for (int i = 1; i < 8; ++i) total[0] += total[i];
+  return plain::sum(total[0]);
+}
+
 #if defined(__x86_64__)
 namespace avx2 {
 #pragma GCC push_options
@@ -126,15 +135,12 @@ namespace avx512 {
 
 using Run = void (*)(const Worker&);
 
-Run choose(int64_t level) {
+Run widest_run() {
 #if defined(__x86_64__)
-  if (level >= 2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return avx512::run;
-  if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return avx2::run;
+  const int set = ebb_instruction_set();
+  if (set == 2 && __builtin_cpu_supports("avx512vnni")) return avx512::run;
+  if (set >= 1) return avx2::run;
 #endif
-  (void)level;
   return plain::run;
 }
 
@@ -142,36 +148,30 @@ Run choose(int64_t level) {
 
 extern "C" {
 
-// level: the best instruction set to use, 0 any CPU, 1 AVX2, 2 AVX-512; less if the CPU has less.
+// Reads a token: `out` becomes the state after it, `logits` those of the next.
 void ebb_decode_step(const Program* program, int64_t token, const void* const* in,
-                     void* const* out, float* logits, int64_t threads, int64_t level) {
+                     void* const* out, float* logits, int threads) {
   const Call call{program, token, in, out, logits};
-  const Run run = choose(level);
-#pragma omp parallel num_threads(static_cast<int>(threads))
+  const Run run = widest_run();
+#pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num();
     const Worker worker{&call, thread, omp_get_num_threads(),
-                        program->shared + program->shared_size + thread * program->private_size};
+                        program->shared + program->shared_size + thread * program->own_size};
     run(worker);
   }
 }
 
 // Bytes of a barrier: the caller provides this many zeros, aligned to 128.
-int64_t ebb_decode_barrier_size() { return sizeof(Barrier); }
+int ebb_decode_barrier_size() { return sizeof(Barrier); }
 
-// The sum of a stretch of memory that all threads read: what the machine's bandwidth is.
-double ebb_read_all(const float* data, int64_t count, int64_t threads) {
+// The sum of `count` lines of 64 bytes that all threads read: what the memory's bandwidth is.
+double ebb_decode_read(const float* lines, int64_t count, int threads) {
   double total = 0.0;
-#pragma omp parallel num_threads(static_cast<int>(threads)) reduction(+ : total)
+#pragma omp parallel num_threads(threads) reduction(+ : total)
   {
     const int64_t t = omp_get_thread_num(), n = omp_get_num_threads();
-    const int64_t begin = count / LANES * t / n, end = count / LANES * (t + 1) / n;
-#if defined(__x86_64__)
-    total += choose(2) == avx512::run ? avx512::read(data, begin, end)
-                                      : plain::read(data, begin, end);
-#else
-    total += plain::read(data, begin, end);
-#endif
+    total += read(lines, count * t / n, count * (t + 1) / n);
   }
   return total;
 }

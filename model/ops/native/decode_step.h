@@ -483,16 +483,3 @@ static void run(const Worker& worker) {
     }
   }
 }
-
-static double read(const float* data, int64_t begin, int64_t end) {
-  Floats a = {}, b = {}, c = {}, d = {};
-  int64_t i = begin;
-  for (; i + 4 <= end; i += 4) {
-    a += load(data + i * LANES);
-    b += load(data + (i + 1) * LANES);
-    c += load(data + (i + 2) * LANES);
-    d += load(data + (i + 3) * LANES);
-  }
-  for (; i < end; ++i) a += load(data + i * LANES);
-  return sum((a + b) + (c + d));
-}
