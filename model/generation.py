@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.decode import Decoder, engine_for, engine_if_any
 from model.language_model import LanguageModel
 from model.state import ModelState, concatenate, map_tensors, select_rows, tensors
 
@@ -131,7 +132,12 @@ def prefill(
 
 
 def step(model: LanguageModel, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-    """Reads one token a row in the recurrent form: `[B]` -> logits `[B, V]` of the next, state."""
+    """Reads one token a row in the recurrent form: `[B]` -> logits `[B, V]` of the next, state.
+
+    One row goes through the native step where there is one, and equals PyTorch but for rounding.
+    """
+    if engine := engine_if_any(model, state):
+        return engine.step(int(tokens), state)
     with torch.no_grad():
         output = model(tokens[:, None].to(model.embedding.weight.device), state, form="recurrent")
     return output.logits[:, -1], output.state
@@ -153,6 +159,13 @@ class Generation(Iterator[list[int | None]]):
         generators: one a row; they move on.
         seen: `[B, V]` bool, for the repetition penalty: the tokens so far. None for none.
         stop_ids: the tokens that end a row.
+        weights: what the model's matrices are rounded to, of `model.decode.FORMATS`; other than
+            fp32 for one row only, and only where there is a native step.
+
+    The weights are those of when this is made, if there is one row.
+
+    Raises:
+        ValueError: for a negative number of tokens, or weights that cannot be had.
     """
 
     def __init__(
@@ -166,6 +179,7 @@ class Generation(Iterator[list[int | None]]):
         generators: Sequence[torch.Generator],
         seen: Tensor | None = None,
         stop_ids: Collection[int] = (),
+        weights: str = "fp32",
     ) -> None:
         if max_tokens < 0:
             raise ValueError(f"max_tokens must be at least 0, but is {max_tokens}")
@@ -174,6 +188,7 @@ class Generation(Iterator[list[int | None]]):
         self._seen = torch.zeros(logits.shape, dtype=torch.bool) if seen is None else seen.clone()
         self._rows = list(range(logits.shape[0]))
         self._logits, self._state = logits, state
+        self._decoder = _decoder(model, state, weights)
         self._ended: dict[int, tuple[Tensor, ModelState]] = {}
 
     @property
@@ -186,7 +201,9 @@ class Generation(Iterator[list[int | None]]):
     @property
     def state(self) -> ModelState:
         """After everything given out so far, B rows."""
-        return self._state if not self._ended else concatenate([s for _, s in self._in_order()])
+        if not self._ended:
+            return self._state if self._decoder is None else self._decoder.state
+        return concatenate([s for _, s in self._in_order()])
 
     @property
     def seen(self) -> Tensor:
@@ -199,7 +216,10 @@ class Generation(Iterator[list[int | None]]):
         seen = self._seen[self._rows] if self.sampling.repetition_penalty != 1 else None
         generators = [self._generators[row] for row in self._rows]
         tokens = sample(self._logits, self.sampling, generators, seen)
-        self._logits, self._state = step(self.model, tokens, self._state)
+        if self._decoder is None:
+            self._logits, self._state = step(self.model, tokens, self._state)
+        else:
+            self._logits = self._decoder.step(int(tokens))
         self._seen[self._rows, tokens] = True
         self._left -= 1
         drawn: list[int | None] = [None] * self._seen.shape[0]
@@ -222,6 +242,8 @@ class Generation(Iterator[list[int | None]]):
         self._rows = [self._rows[place] for place in going]
 
     def _row(self, place: int) -> tuple[Tensor, ModelState]:
+        if self._decoder is not None:
+            return self._logits, self._decoder.state
         return self._logits[place : place + 1], select_rows(self._state, [place])
 
     def _in_order(self) -> list[tuple[Tensor, ModelState]]:
@@ -238,6 +260,7 @@ def generate(
     seed: int = 0,
     state: ModelState | None = None,
     stop_ids: Collection[int] = (),
+    weights: str = "fp32",
 ) -> Generation:
     """Goes on from one prompt or many, of any lengths; the rows do not influence each other.
 
@@ -249,13 +272,14 @@ def generate(
         seed: row r draws with seed + r, and so can be repeated alone.
         state: B rows, of what stands before the prompts; None for nothing.
         stop_ids: the tokens that end a row.
+        weights: as of `Generation`; the prompt is read in full precision.
 
     Returns:
         An iterator of B tokens a step, None for a row that has ended. The prompts have been read.
 
     Raises:
         ValueError: for an empty prompt, a token outside the vocabulary, a state of other than B
-            rows, or a seed that is negative or above 2^62.
+            rows, a seed that is negative or above 2^62, or weights that cannot be had.
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("every prompt needs a token: start a text with the end token")
@@ -281,12 +305,28 @@ def generate(
         generators=[torch.Generator().manual_seed(seed + row) for row in range(len(prompts))],
         seen=seen,
         stop_ids=stop_ids,
+        weights=weights,
     )
 
 
 def num_rows(state: ModelState) -> int:
     """B."""
     return next(tensor.shape[0] for _, tensor in tensors(state))
+
+
+def _decoder(model: LanguageModel, state: ModelState, weights: str) -> Decoder | None:
+    """For one row, where there is a native step.
+
+    Raises:
+        ValueError: for weights other than fp32 where there is none.
+    """
+    if weights == "fp32":
+        engine = engine_if_any(model, state)
+    elif (rows := num_rows(state)) != 1:
+        raise ValueError(f"weights in {weights} are for one text at a time, not for {rows}")
+    else:
+        engine = engine_for(model, weights)
+    return None if engine is None else Decoder(engine, state)
 
 
 def _probabilities(scores: Tensor, sampling: Sampling) -> Tensor:

@@ -107,13 +107,6 @@ namespace plain {
 #include "decode_step.h"
 }
 
-double read(const float* lines, int64_t begin, int64_t end) {
-  Floats total[8] = {};
-  for (int64_t i = begin; i < end; ++i) total[i % 8] += plain::load(lines + i * LANES);
-  for (int i = 1; i < 8; ++i) total[0] += total[i];
-  return plain::sum(total[0]);
-}
-
 #if defined(__x86_64__)
 namespace avx2 {
 #pragma GCC push_options
@@ -133,15 +126,18 @@ namespace avx512 {
 }
 #endif
 
-using Run = void (*)(const Worker&);
+struct Kernels {
+  void (*run)(const Worker&);
+  float (*read)(const float*, int64_t, int64_t);
+};
 
-Run widest_run() {
+Kernels widest() {
 #if defined(__x86_64__)
   const int set = ebb_instruction_set();
-  if (set == 2 && __builtin_cpu_supports("avx512vnni")) return avx512::run;
-  if (set >= 1) return avx2::run;
+  if (set == 2 && __builtin_cpu_supports("avx512vnni")) return {avx512::run, avx512::read};
+  if (set >= 1) return {avx2::run, avx2::read};
 #endif
-  return plain::run;
+  return {plain::run, plain::read};
 }
 
 }  // namespace
@@ -152,13 +148,13 @@ extern "C" {
 void ebb_decode_step(const Program* program, int64_t token, const void* const* in,
                      void* const* out, float* logits, int threads) {
   const Call call{program, token, in, out, logits};
-  const Run run = widest_run();
+  const Kernels kernels = widest();
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num();
     const Worker worker{&call, thread, omp_get_num_threads(),
                         program->shared + program->shared_size + thread * program->own_size};
-    run(worker);
+    kernels.run(worker);
   }
 }
 
@@ -167,11 +163,12 @@ int ebb_decode_barrier_size() { return sizeof(Barrier); }
 
 // The sum of `count` lines of 64 bytes that all threads read: what the memory's bandwidth is.
 double ebb_decode_read(const float* lines, int64_t count, int threads) {
+  const Kernels kernels = widest();
   double total = 0.0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
   {
     const int64_t t = omp_get_thread_num(), n = omp_get_num_threads();
-    total += read(lines, count * t / n, count * (t + 1) / n);
+    total += kernels.read(lines, count * t / n, count * (t + 1) / n);
   }
   return total;
 }

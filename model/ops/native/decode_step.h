@@ -24,12 +24,17 @@ INLINE void store(float* p, Floats x, int64_t left) {
   std::memcpy(p, &x, left >= LANES ? sizeof x : left * sizeof(float));
 }
 
-INLINE float sum(Floats x) {
-  float total[LANES];
-  store(total, x);
+template <class Vector>
+INLINE auto sum(Vector x) {
   for (int width = LANES / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) total[i] += total[i + width];
-  return total[0];
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
+}
+
+INLINE float largest(Floats x) {
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
+  return x[0];
 }
 
 INLINE Floats choose(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
@@ -123,44 +128,43 @@ INLINE Floats tile_bfloat16(const uint32_t* w, const float* x, int64_t columns) 
   return (a + b) + (c + d);
 }
 
-// A vector in 8 bits: blocks of 32 with a scale each, and the sum of each block's integers.
+// A vector in 15 bits: blocks of 32 with a scale each. An integer is 128 high + low, two digits of
+// 8 bits, because that is what the CPU multiplies; `sums` are those of a block's integers. Eight
+// bits alone cost more than rounding the weights does, and the second digit no time: memory limits.
 struct Quantized {
-  const int8_t* values;
+  const int8_t *high, *low;
   const float* scales;
   const int32_t* sums;
 };
+
+INLINE Ints nearest(Floats x) { return (Ints)(x + 12582912.0f) - 0x4b400000; }  // 1.5 * 2^23
+
+INLINE void digits(Ints x, int8_t* high, int8_t* low) {
+  typedef int8_t Bytes __attribute__((vector_size(16)));
+  const Ints h = (x + 64) >> 7;
+  const Bytes c = __builtin_convertvector(h, Bytes), d = __builtin_convertvector(x - (h << 7), Bytes);
+  std::memcpy(high, &c, sizeof c);
+  std::memcpy(low, &d, sizeof d);
+}
 
 INLINE Quantized quantize(const float* x, int64_t size, int64_t columns, float* room) {
   const int64_t blocks = columns / BLOCK;
   float* scales = room;
   int32_t* sums = (int32_t*)(room + blocks);
-  int8_t* values = (int8_t*)(room + 2 * blocks);
-  typedef int8_t Bytes __attribute__((vector_size(16)));
+  int8_t *high = (int8_t*)(room + 2 * blocks), *low = high + columns;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t left = size - i * BLOCK;
-    const Floats low = load(x + i * BLOCK, left);
-    const Floats high = left > LANES ? load(x + i * BLOCK + LANES, left - LANES) : Floats{};
-    const Floats m = absolute(low), n = absolute(high);
-    float most[LANES];
-    store(most, choose(m > n, m, n));
-    for (int width = LANES / 2; width; width /= 2)
-      for (int j = 0; j < width; ++j)
-        most[j] = most[j] > most[j + width] ? most[j] : most[j + width];
-    const float scale = most[0] / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-    const Ints a = (Ints)(low * inverse + 12582912.0f) - 0x4b400000;
-    const Ints b = (Ints)(high * inverse + 12582912.0f) - 0x4b400000;
-    const Bytes c = __builtin_convertvector(a, Bytes), d = __builtin_convertvector(b, Bytes);
-    std::memcpy(values + i * BLOCK, &c, sizeof c);
-    std::memcpy(values + i * BLOCK + LANES, &d, sizeof d);
-    const Ints e = a + b;
-    int32_t total[LANES];
-    std::memcpy(total, &e, sizeof e);
-    for (int width = LANES / 2; width; width /= 2)
-      for (int j = 0; j < width; ++j) total[j] += total[j + width];
+    const Floats a = load(x + i * BLOCK, left);
+    const Floats b = left > LANES ? load(x + i * BLOCK + LANES, left - LANES) : Floats{};
+    const float most = largest(choose(absolute(a) > absolute(b), absolute(a), absolute(b)));
+    const float scale = most / 16256.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    const Ints c = nearest(a * inverse), d = nearest(b * inverse);
+    digits(c, high + i * BLOCK, low + i * BLOCK);
+    digits(d, high + i * BLOCK + LANES, low + i * BLOCK + LANES);
     scales[i] = scale;
-    sums[i] = total[0];
+    sums[i] = sum(c + d);
   }
-  return {values, scales, sums};
+  return {high, low, scales, sums};
 }
 
 INLINE int32_t four(const int8_t* x) {
@@ -172,90 +176,109 @@ INLINE int32_t four(const int8_t* x) {
 // 32 columns of 16 rows with 32 values: the integer sums. Weights are stored with 128 added in
 // [8][16 rows][4 columns], or with 8 added in [4][16 rows][4 columns, and 4 more in the high half].
 #if defined(EBB_AVX512)
-INLINE Ints dots_int8(const uint8_t* w, const int8_t* x, int32_t total) {
-  __m512i a = _mm512_set1_epi32(-128 * total), b = _mm512_setzero_si512();
-  for (int i = 0; i < 8; i += 2) {
-    a = _mm512_dpbusd_epi32(a, _mm512_loadu_si512(w + 64 * i), _mm512_set1_epi32(four(x + 4 * i)));
-    b = _mm512_dpbusd_epi32(b, _mm512_loadu_si512(w + 64 * i + 64),
-                            _mm512_set1_epi32(four(x + 4 * i + 4)));
-  }
-  return (Ints)_mm512_add_epi32(a, b);
+INLINE __m512i dots(__m512i total, __m512i w, const int8_t* x) {
+  return _mm512_dpbusd_epi32(total, w, _mm512_set1_epi32(four(x)));
 }
 
-INLINE Ints dots_int4(const uint8_t* w, const int8_t* x, int32_t total) {
+INLINE Ints dots_int8(const uint8_t* w, const int8_t* high, const int8_t* low, int32_t sum) {
+  __m512i a = _mm512_setzero_si512(), b = _mm512_set1_epi32(-128 * sum);
+  for (int i = 0; i < 8; ++i) {
+    const __m512i tile = _mm512_loadu_si512(w + 64 * i);
+    a = dots(a, tile, high + 4 * i);
+    b = dots(b, tile, low + 4 * i);
+  }
+  return ((Ints)a << 7) + (Ints)b;
+}
+
+INLINE Ints dots_int4(const uint8_t* w, const int8_t* high, const int8_t* low, int32_t sum) {
   const __m512i half = _mm512_set1_epi8(15);
-  __m512i a = _mm512_set1_epi32(-8 * total), b = _mm512_setzero_si512();
+  __m512i a = _mm512_setzero_si512(), b = _mm512_set1_epi32(-8 * sum);
   for (int i = 0; i < 4; ++i) {
     const __m512i both = _mm512_loadu_si512(w + 64 * i);
-    const __m512i low = _mm512_and_si512(both, half);
-    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), half);
-    a = _mm512_dpbusd_epi32(a, low, _mm512_set1_epi32(four(x + 8 * i)));
-    b = _mm512_dpbusd_epi32(b, high, _mm512_set1_epi32(four(x + 8 * i + 4)));
+    const __m512i first = _mm512_and_si512(both, half);
+    const __m512i second = _mm512_and_si512(_mm512_srli_epi16(both, 4), half);
+    a = dots(dots(a, first, high + 8 * i), second, high + 8 * i + 4);
+    b = dots(dots(b, first, low + 8 * i), second, low + 8 * i + 4);
   }
-  return (Ints)_mm512_add_epi32(a, b);
+  return ((Ints)a << 7) + (Ints)b;
 }
 #elif defined(EBB_AVX2)
 INLINE __m256i half_tile(const uint8_t* w) { return _mm256_loadu_si256((const __m256i*)w); }
 
-INLINE Ints dots_int8(const uint8_t* w, const int8_t* x, int32_t) {
-  const __m256i ones = _mm256_set1_epi16(1), offset = _mm256_set1_epi8(-128);
-  __m256i sums[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-  for (int i = 0; i < 8; ++i) {
-    const __m256i values = _mm256_set1_epi32(four(x + 4 * i));
-    for (int part = 0; part < 2; ++part) {  // |w| times x with w's sign: pairs fit 16 bits
-      const __m256i s = _mm256_xor_si256(half_tile(w + 64 * i + 32 * part), offset);
-      const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(values, s));
-      sums[part] = _mm256_add_epi32(sums[part], _mm256_madd_epi16(pairs, ones));
-    }
-  }
+INLINE __m256i in_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+
+INLINE Ints joined(const __m256i* a, const __m256i* b) {
   Ints result;
-  std::memcpy(&result, sums, sizeof result);
+  for (int part = 0; part < 2; ++part) {
+    const __m256i total = _mm256_add_epi32(_mm256_slli_epi32(a[part], 7), b[part]);
+    std::memcpy((char*)&result + 32 * part, &total, sizeof total);
+  }
   return result;
 }
 
-INLINE Ints dots_int4(const uint8_t* w, const int8_t* x, int32_t total) {
-  const __m256i ones = _mm256_set1_epi16(1), half = _mm256_set1_epi8(15);
-  __m256i sums[2] = {_mm256_set1_epi32(-8 * total), _mm256_set1_epi32(-8 * total)};
-  for (int i = 0; i < 4; ++i) {
-    const __m256i first = _mm256_set1_epi32(four(x + 8 * i));
-    const __m256i second = _mm256_set1_epi32(four(x + 8 * i + 4));
-    for (int part = 0; part < 2; ++part) {
-      const __m256i both = half_tile(w + 64 * i + 32 * part);
-      const __m256i low = _mm256_and_si256(both, half);
-      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), half);
-      const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, first),
-                                             _mm256_maddubs_epi16(high, second));
-      sums[part] = _mm256_add_epi32(sums[part], _mm256_madd_epi16(pairs, ones));
+INLINE Ints dots_int8(const uint8_t* w, const int8_t* high, const int8_t* low, int32_t) {
+  const __m256i offset = _mm256_set1_epi8(-128), zero = _mm256_setzero_si256();
+  __m256i a[2] = {zero, zero}, b[2] = {zero, zero};
+  for (int i = 0; i < 8; ++i) {
+    const __m256i x = _mm256_set1_epi32(four(high + 4 * i));
+    const __m256i y = _mm256_set1_epi32(four(low + 4 * i));
+    for (int part = 0; part < 2; ++part) {  // |w| times x with w's sign: pairs fit 16 bits
+      const __m256i s = _mm256_xor_si256(half_tile(w + 64 * i + 32 * part), offset);
+      const __m256i size = _mm256_abs_epi8(s);
+      a[part] = _mm256_add_epi32(
+          a[part], in_pairs(_mm256_maddubs_epi16(size, _mm256_sign_epi8(x, s))));
+      b[part] = _mm256_add_epi32(
+          b[part], in_pairs(_mm256_maddubs_epi16(size, _mm256_sign_epi8(y, s))));
     }
   }
-  Ints result;
-  std::memcpy(&result, sums, sizeof result);
-  return result;
+  return joined(a, b);
+}
+
+INLINE __m256i two_dots(__m256i total, __m256i first, __m256i second, const int8_t* x) {
+  const __m256i pairs =
+      _mm256_add_epi16(_mm256_maddubs_epi16(first, _mm256_set1_epi32(four(x))),
+                       _mm256_maddubs_epi16(second, _mm256_set1_epi32(four(x + 4))));
+  return _mm256_add_epi32(total, in_pairs(pairs));
+}
+
+INLINE Ints dots_int4(const uint8_t* w, const int8_t* high, const int8_t* low, int32_t sum) {
+  const __m256i half = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
+  const __m256i start = _mm256_set1_epi32(-8 * sum);
+  __m256i a[2] = {zero, zero}, b[2] = {start, start};
+  for (int i = 0; i < 4; ++i)
+    for (int part = 0; part < 2; ++part) {
+      const __m256i both = half_tile(w + 64 * i + 32 * part);
+      const __m256i first = _mm256_and_si256(both, half);
+      const __m256i second = _mm256_and_si256(_mm256_srli_epi16(both, 4), half);
+      a[part] = two_dots(a[part], first, second, high + 8 * i);
+      b[part] = two_dots(b[part], first, second, low + 8 * i);
+    }
+  return joined(a, b);
 }
 #else
-INLINE Ints dots_int8(const uint8_t* w, const int8_t* x, int32_t) {
-  int32_t sums[LANES] = {};
+INLINE int32_t integer(const int8_t* high, const int8_t* low, int64_t i) {
+  return 128 * high[i] + low[i];
+}
+
+INLINE Ints dots_int8(const uint8_t* w, const int8_t* high, const int8_t* low, int32_t sum) {
+  Ints total = Ints{} - 128 * sum;
   for (int i = 0; i < 8; ++i)
     for (int row = 0; row < LANES; ++row)
       for (int j = 0; j < 4; ++j)
-        sums[row] += ((int32_t)w[64 * i + 4 * row + j] - 128) * x[4 * i + j];
-  Ints result;
-  std::memcpy(&result, sums, sizeof result);
-  return result;
+        total[row] += w[64 * i + 4 * row + j] * integer(high, low, 4 * i + j);
+  return total;
 }
 
-INLINE Ints dots_int4(const uint8_t* w, const int8_t* x, int32_t total) {
-  int32_t sums[LANES];
-  for (int row = 0; row < LANES; ++row) sums[row] = -8 * total;
+INLINE Ints dots_int4(const uint8_t* w, const int8_t* high, const int8_t* low, int32_t sum) {
+  Ints total = Ints{} - 8 * sum;
   for (int i = 0; i < 4; ++i)
     for (int row = 0; row < LANES; ++row)
       for (int j = 0; j < 4; ++j) {
         const uint8_t both = w[64 * i + 4 * row + j];
-        sums[row] += (both & 15) * x[8 * i + j] + (both >> 4) * x[8 * i + 4 + j];
+        total[row] += (both & 15) * integer(high, low, 8 * i + j) +
+                      (both >> 4) * integer(high, low, 8 * i + 4 + j);
       }
-  Ints result;
-  std::memcpy(&result, sums, sizeof result);
-  return result;
+  return total;
 }
 #endif
 
@@ -266,8 +289,9 @@ INLINE Floats tile_integers(const uint8_t* w, const uint16_t* scales, const Quan
   Floats y = {};
   for (int64_t i = 0; i < columns / BLOCK; ++i) {
     for (int line = 0; line < bits; ++line) __builtin_prefetch(w + 4096 + 64 * line);
-    const int8_t* values = x.values + i * BLOCK;
-    const Ints total = bits == 8 ? dots_int8(w, values, x.sums[i]) : dots_int4(w, values, x.sums[i]);
+    const int8_t *high = x.high + i * BLOCK, *low = x.low + i * BLOCK;
+    const Ints total = bits == 8 ? dots_int8(w, high, low, x.sums[i])
+                                 : dots_int4(w, high, low, x.sums[i]);
     y += __builtin_convertvector(total, Floats) * (from_bfloat16(scales) * x.scales[i]);
     w += 64 * bits;
     scales += LANES;
@@ -482,4 +506,18 @@ static void run(const Worker& worker) {
         break;
     }
   }
+}
+
+static float read(const float* lines, int64_t begin, int64_t end) {
+  Floats a = {}, b = {}, c = {}, d = {};
+  int64_t i = begin;
+  for (; i + 4 <= end; i += 4) {
+    const float* line = lines + i * LANES;
+    a += load(line);
+    b += load(line + LANES);
+    c += load(line + 2 * LANES);
+    d += load(line + 3 * LANES);
+  }
+  for (; i < end; ++i) a += load(lines + i * LANES);
+  return sum((a + b) + (c + d));
 }

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.ops.native.packing import FORMATS, ROWS, PackedMatrix, pack
+from model.ops.native.packing import BLOCK, FORMATS, ROWS, PackedMatrix, pack
 
 ACTIVATIONS = ("none", "tanh", "sigmoid", "squared_relu", "silu")
 """In the order of the kernel's `Activation`."""
@@ -169,8 +169,8 @@ class Program:
         out = self.vector(matrix.shape[0]) if out is None else out
         weights = weights or self.weights
         packed: PackedMatrix = pack(matrix, weights)
-        # Of x in 8 bits: a scale and a sum a block, then the values.
-        self._room = max(self._room, 2 * packed.columns // 32 + packed.columns // 4)
+        # Of x in integers: a scale and a sum a block, then two digits of 8 bits a value.
+        self._room = max(self._room, 2 * packed.columns // BLOCK + packed.columns // 2)
         self._add(
             "multiply",
             self._place(packed.values),
