@@ -31,7 +31,7 @@ class MixerOptions:
         A word is the name of a switch, or `setting=value`.
 
         Raises:
-            ValueError: for a word that is neither.
+            ValueError: for a word that is neither, or a setting given twice.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
@@ -42,6 +42,8 @@ class MixerOptions:
                 raise ValueError(
                     f"{word!r} is no option of this mixer; it takes {', '.join(known) or 'none'}"
                 )
+            if name in values:
+                raise ValueError(f"{name} is given twice; leave one out")
             values[name] = _parse(name, text, fields[name].type) if equals else True
         return cls(**values)
 
@@ -149,7 +151,8 @@ def _parse(name: str, text: str, kind: Any) -> Any:
         if kind in (float, float | None):
             return float(text)
     except ValueError as error:
-        raise ValueError(f"{name} must be a number, but is {text!r}") from error
+        number = "number" if kind in (float, float | None) else "whole number"
+        raise ValueError(f"{name} must be a {number}, but is {text!r}") from error
     if kind is bool:
         if text not in ("true", "false"):
             raise ValueError(f"{name} must be true or false, but is {text!r}")

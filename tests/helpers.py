@@ -4,6 +4,7 @@ A check takes the function under test, so that the tests can also feed it a brok
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from model.ops import OPS
 from model.ops.attention import KVCache
+from model.ops.scores import SCORES, Score, entmax, polynomial
+from model.ops.wkv4 import WKV4State
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Largest difference from the float64 recurrent form, relative to its largest value."""
 
 TIMED = ("q", "k", "v", "a", "b", "log_decay", "reset")
-"""Inputs with a time axis, [B, T, ...]."""
+"""Inputs with a time axis, [B, T, ...], but where the op has one for all tokens."""
 
 DECAYS = {
     "zero": torch.zeros_like,
@@ -35,6 +38,33 @@ DECAYS = {
 """Log-decays from uniform numbers in [0, 1)."""
 
 
+def arguments(op):
+    """What the op takes, by name."""
+    return inspect.signature(OPS[op].recurrent).parameters
+
+
+def has_heads(op):
+    """Whether the op reads with queries, [B, T, H, K]; else each of its [B, T, D] is a channel.
+
+    There the decay and the bonus are one for all tokens, and always given.
+    """
+    return "q" in arguments(op)
+
+
+def spread(scores):
+    """A score as a user may write it: no mask, but the length of the row counts."""
+    return scores.tanh() * torch.linspace(1, 2, scores.shape[-1], dtype=scores.dtype)
+
+
+SCORES_TESTED = {
+    **{name: name for name in SCORES if name != "softmax"},
+    **{f"polynomial_{order}": polynomial(order) for order in (1, 2, 4)},
+    **{f"entmax_{alpha}": entmax(alpha) for alpha in (1.1, 1.3)},
+    "user": spread,
+}
+"""All but the default, by name: what the attention ops take as `score`."""
+
+
 @dataclass(frozen=True)
 class Case:
     """What to draw. `decay` is a row of DECAYS."""
@@ -47,6 +77,7 @@ class Case:
     reset: bool = False
     scale: float = 1.0
     eps: float | None = None
+    score: str | Score | Callable[[Tensor], Tensor] | None = None
     batch: int = 2
     time: int = 17
     heads: int = 2
@@ -59,13 +90,15 @@ class Case:
         return self == self.reduced_to(op)
 
     def reduced_to(self, op):
-        """The same case without the arguments that the op lacks."""
-        has = inspect.signature(OPS[op].recurrent).parameters
+        """The same case without the arguments that the op lacks; `scale` only where it has one."""
+        has = arguments(op)
         return replace(
             self,
             decay=self.decay if "log_decay" in has else None,
-            bonus=self.bonus and "bonus" in has,
+            per_channel=self.per_channel or not has_heads(op),
+            bonus=self.bonus and "bonus" in has and has_heads(op),
             normalize=self.normalize and "normalize" in has,
+            score=self.score if "score" in has else None,
         )
 
 
@@ -96,6 +129,9 @@ CASES = {
     "normalize_bonus_head": Case(
         normalize=True, bonus=True, decay="mixed", per_channel=False, state=True
     ),
+} | {
+    f"score_{name}": Case(score=score, state=True, reset=True, scale=0.35)
+    for name, score in SCORES_TESTED.items()
 }
 
 
@@ -105,7 +141,6 @@ def make_inputs(op, case, dtype=torch.float64):
     A new op needs nothing here if it names its arguments as the others do.
     """
     generator = torch.Generator().manual_seed(case.seed)
-    batch, time, heads, key_dim = case.batch, case.time, case.heads, case.key_dim
 
     def normal(*shape):
         return torch.randn(shape, generator=generator)
@@ -113,12 +148,35 @@ def make_inputs(op, case, dtype=torch.float64):
     def uniform(*shape):
         return torch.rand(shape, generator=generator)
 
+    draw = draw_heads if has_heads(op) else draw_channels
+    inputs = {
+        name: map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, x)
+        for name, x in draw(op, case, normal, uniform).items()
+    }
+    if case.reset:
+        reset = uniform(case.batch, case.time) < 0.06
+        reset[-1, 0] = True
+        reset[0, case.time // 2] |= case.time > 1  # at least one row keeps its state for a while
+        inputs["reset"] = reset
+    if case.normalize:
+        inputs["normalize"] = True
+        if case.eps is not None:  # the first token's gradient of q is of the order of eps
+            inputs["eps"] = case.eps
+    if case.score is not None:
+        inputs["score"] = case.score
+    return inputs | ({"scale": case.scale} if "scale" in arguments(op) else {})
+
+
+def draw_heads(op, case, normal, uniform):
+    """The tensors of an op that reads with queries, but for `reset`."""
+    batch, time, heads, key_dim = case.batch, case.time, case.heads, case.key_dim
+
     def key(positive=case.normalize):  # a sum of weights must not come near zero
         x = normal(batch, time, heads, key_dim)
         return (x / 2).exp() if positive else x
 
     inputs = {"q": key(), "k": key(), "v": normal(batch, time, heads, case.value_dim)}
-    if "a" in inspect.signature(OPS[op].recurrent).parameters:  # removes, never amplifies
+    if "a" in arguments(op):  # removes, never amplifies
         removed = F.normalize(key(), dim=-1)
         strength = 2 * uniform(batch, time, heads, 1)
         inputs |= {"a": -removed, "b": strength * removed + 0.1 * key()}
@@ -139,20 +197,23 @@ def make_inputs(op, case, dtype=torch.float64):
         if case.normalize:
             state = torch.cat([state, 1 + uniform(batch, heads, key_dim, 1)], dim=-1)
         inputs["initial_state"] = state
+    return inputs
+
+
+def draw_channels(op, case, normal, uniform):
+    """The tensors of an op whose channels are `key_dim` states apart, but for `reset`."""
+    assert op == "wkv4", f"{op} needs a state of its own"
+    shape = (case.batch, case.time, case.key_dim)
     inputs = {
-        name: map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, x)
-        for name, x in inputs.items()
+        "k": normal(*shape),
+        "v": normal(*shape),
+        "log_decay": DECAYS[case.decay or "weak"](uniform(case.key_dim)),
+        "bonus": normal(case.key_dim),
     }
-    if case.reset:
-        reset = uniform(batch, time) < 0.06
-        reset[-1, 0] = True
-        reset[0, time // 2] |= time > 1  # at least one row keeps its state for a while
-        inputs["reset"] = reset
-    if case.normalize:
-        inputs["normalize"] = True
-        if case.eps is not None:  # the first token's gradient of q is of the order of eps
-            inputs["eps"] = case.eps
-    return inputs | {"scale": case.scale}
+    if case.state:
+        num, den, largest = (x(case.batch, case.key_dim) for x in (normal, uniform, normal))
+        inputs["initial_state"] = WKV4State(num, 1 + den, largest)
+    return inputs
 
 
 def map_tensors(function, value):
@@ -160,6 +221,11 @@ def map_tensors(function, value):
     if isinstance(value, Tensor):
         return function(value)
     return type(value)(*(function(x) for x in value)) if isinstance(value, tuple) else value
+
+
+def is_timed(name, value):
+    """Whether the input of that name has a time axis; a decay for all tokens has none."""
+    return name in TIMED and value.dim() > 1
 
 
 def flatten(name, value):
@@ -250,7 +316,11 @@ def check_rows(function, op, case, dtype, poison):
     inputs, others = (
         make_inputs(op, replace(case, seed=case.seed + n), dtype) for n in (0, int(not poison))
     )
-    shared = {"bonus", "scale", "normalize", "eps"} | ({"log_decay", "reset"} if poison else set())
+    shared = {"bonus", "scale", "normalize", "eps", "score"}
+    if poison or not has_heads(op):
+        shared |= {"log_decay"}
+    if poison:
+        shared |= {"reset"}
 
     def join(x, other):
         rest = torch.full_like(x, torch.nan) if poison and x.is_floating_point() else other
@@ -262,7 +332,8 @@ def check_rows(function, op, case, dtype, poison):
         mixed[name] = type(x)(*map(join, x, other)) if isinstance(x, tuple) else join(x, other)
 
     def first(results):
-        return {name: x[:1] for name, x in results.items() if name != "grad bonus"}
+        kept = {"grad bonus", *(() if has_heads(op) else ("grad log_decay",))}
+        return {name: x[:1] for name, x in results.items() if name not in kept}
 
     assert_close(first(run(function, mixed)), first(oracle(op, case)), dtype)
 
@@ -272,7 +343,7 @@ def check_causality(function, op, case, dtype, cut):
     inputs = make_inputs(op, case, dtype)
     changed = make_inputs(op, replace(case, seed=case.seed + 1), dtype)
     for name, x in inputs.items():
-        timed = name in TIMED
+        timed = is_timed(name, x)
         changed[name] = torch.cat([x[:, :cut], changed[name][:, cut:]], dim=1) if timed else x
 
     expected = run(outputs_before(OPS[op].recurrent, cut), make_inputs(op, case))
@@ -285,13 +356,18 @@ def outputs_before(function, cut):
     return lambda **inputs: (function(**inputs)[0][:, :cut], None)
 
 
+def cut_time(inputs, part):
+    """The inputs for some of the tokens."""
+    return {n: x[:, part] if is_timed(n, x) else x for n, x in inputs.items()}
+
+
 def in_pieces(function, *places):
     """The op, run piece by piece from each place to the next with the state carried along."""
 
     def pieces(*, initial_state=None, **inputs):
         outputs, state = [], initial_state
         for begin, end in pairwise((0, *places, inputs["v"].shape[1])):
-            piece = {n: x[:, begin:end] if n in TIMED else x for n, x in inputs.items()}
+            piece = cut_time(inputs, slice(begin, end))
             o, state = function(**piece, initial_state=state)
             outputs.append(o)
         return torch.cat(outputs, dim=1), state

@@ -24,7 +24,9 @@ class TrainConfig:
     """
 
     mixer: str = "rwkv7"
-    """rwkv7, rwkv6, linear_transformer or attention (`softmax` is short for attention:softmax)."""
+    """rwkv4, rwkv5, rwkv6, rwkv7, linear_transformer, retnet, gla, mamba2, deltanet, gated_deltanet
+    or attention, which takes a score after a colon (attention:square_l1; `softmax` is short for
+    attention:softmax). `ebb info` shows them all."""
     size: str = "micro"
     """nano (4 layers x 128), micro (4 x 256), tiny (8 x 512) or small (12 x 768)."""
     data: str = "sotu"
@@ -33,7 +35,8 @@ class TrainConfig:
     column: str = "text"
     """Column or key that holds the text, where the data has columns."""
     tokenizer: str = "bpe"
-    """bpe (trained on the data), bytes, or the path of a tokenizer.json."""
+    """bpe (trained on the data), bytes, or the path of a tokenizer.json or of the vocabulary of
+    RWKV World (rwkv_vocab_v20230424.txt)."""
     vocab_size: int | None = None
     """Vocabulary of a bpe to train; 4096 if not given."""
     steps: int = 2000
@@ -162,7 +165,8 @@ class CompareConfig:
     column: str = "text"
     """Column or key that holds the text, where the data has columns."""
     tokenizer: str = "bpe"
-    """bpe (trained on the data), bytes, or the path of a tokenizer.json."""
+    """bpe (trained on the data), bytes, or the path of a tokenizer.json or of the vocabulary of
+    RWKV World (rwkv_vocab_v20230424.txt)."""
     vocab_size: int | None = None
     """Vocabulary of a bpe to train; 4096 if not given."""
     budget: str = "1000-steps"

@@ -1,5 +1,7 @@
 """`ebb info`: the machine and the mixers, or one checkpoint."""
 
+import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -7,18 +9,25 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from data.corpora import load_corpus
 from model import state as states
-from model.config import SIZES, ModelConfig
+from model.config import SIZES
 from model.language_model import LanguageModel
 from model.layers import MIXERS
+from model.layers.attention import AttentionOptions
+from model.ops import FORMS, OPS
+from model.ops.scores import SCORES
+from model.presets import preset
 from train.checkpoint import load_checkpoint
+from train.half_lives import TOKENS, half_lives
+from train.readable import readable_bytes, three_digits
 
 CONTEXTS = (1024, 16384)
 
@@ -33,6 +42,17 @@ class InfoConfig:
     """Folder of a run, such as checkpoints/rwkv7-micro-sotu."""
     json: bool = False
     """Print one JSON object instead of tables."""
+    markdown: bool = False
+    """Print the table of mixers in Markdown, as the README shows it."""
+
+    def __post_init__(self) -> None:
+        """Refuses what has no effect.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        if self.markdown and (self.json or self.checkpoint is not None):
+            raise ValueError("markdown prints the table of mixers only: leave the rest out")
 
 
 def info(config: InfoConfig) -> None:
@@ -41,6 +61,9 @@ def info(config: InfoConfig) -> None:
     Raises:
         ValueError: for a checkpoint that cannot be read.
     """
+    if config.markdown:
+        sys.stdout.write(mixers_markdown() + "\n")
+        return
     report = machine_info() if config.checkpoint is None else checkpoint_info(config.checkpoint)
     if config.json:
         sys.stdout.write(json.dumps(report) + "\n")
@@ -78,12 +101,14 @@ def machine_info() -> dict[str, Any]:
             {"size": name, "layers": s.num_layers, "width": s.d_model, "head": s.head_dim}
             for name, s in SIZES.items()
         ],
+        "ops": [{"op": name, "forms": ", ".join(FORMS)} for name in OPS],
         "mixers": [_mixer_row(name) for name in MIXERS],
+        "scores of attention": [_score_row(name) for name in SCORES],
     }
 
 
 def checkpoint_info(folder: Path) -> dict[str, Any]:
-    """Configuration, parameters and state of a checkpoint."""
+    """Configuration, parameters, state and half-lives of a checkpoint."""
     checkpoint = load_checkpoint(folder)
     model = checkpoint.model
     parts: dict[str, int] = {}
@@ -93,22 +118,92 @@ def checkpoint_info(folder: Path) -> dict[str, Any]:
         parts[part] = parts.get(part, 0) + parameter.numel()
     config = model.config.to_dict()
     options = config.pop("options")
-    return {
+    text = "".join(itertools.islice(load_corpus("sotu").validation, 1))
+    ids = checkpoint.tokenizer.encode(text[: 8 * TOKENS])[:TOKENS]
+    lives = half_lives(model, torch.tensor([ids]))
+    report = {
         "model": {**config, **options, "fingerprint": model.fingerprint()},
         "training": checkpoint.config["train"],
         "parameters": {**parts, "all": model.num_parameters()},
-        "state, batch 1": _state_sizes(model),
+        "state, batch 1": _model_state(model),
     }
+    if lives:
+        report["half-lives of the decays in tokens, on the built-in text"] = [
+            {"layer": layer, **{name: three_digits(value) for name, value in row.items()}}
+            for layer, row in enumerate(lives)
+        ]
+    return report
+
+
+def _model_state(model: LanguageModel) -> dict[str, str]:
+    """The state at several contexts, and where a KV cache would be smaller."""
+    size, options = StateSize.of(model), model.config.options
+    shown = {f"{context:,} tokens": f"{size.at(context):,} bytes" for context in CONTEXTS}
+    if isinstance(options, AttentionOptions) and options.state == "constant":
+        config = dataclasses.replace(
+            model.config, options=dataclasses.replace(options, state="cache")
+        )
+        until = smaller_cache_until(size, StateSize.of(LanguageModel(config)))
+        shown["a KV cache is smaller"] = f"up to {until:,} tokens"
+    return shown
+
+
+class StateSize(NamedTuple):
+    """Bytes of a state at batch 1: every state is a constant, or grows linearly with the tokens."""
+
+    first: int
+    """After one token."""
+    growth: int
+    """For every further token."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: LanguageModel) -> "StateSize":
+        """Measured after one token and after two."""
+        one, two = (
+            states.num_bytes(model.features(torch.zeros(1, tokens, dtype=torch.long))[1])
+            for tokens in (1, 2)
+        )
+        return cls(one, two - one)
+
+    def at(self, context: int) -> int:
+        """After so many tokens."""
+        return self.first + self.growth * (context - 1)
+
+
+def layer_state(mixer: str) -> StateSize:
+    """Of one layer of the micro size, for a mixer as the command line names it."""
+    config = dataclasses.replace(preset("micro", mixer, 2), num_layers=1, ffn_dim=None)
+    return StateSize.of(LanguageModel(config))
+
+
+def mixers_markdown() -> str:
+    """The README's tables of mixers and scores, from `MIXERS` and `SCORES`."""
+    mixers = [
+        "| `--mixer` | the recurrence | state of a layer, size `micro` | source |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, row in MIXERS.items():
+        mixers.append(
+            f"| `{name}` | {row.equation} | {_in_words(layer_state(name))} | {_link(row.source)} |"
+        )
+    scores = [
+        "| `--mixer attention:` | weights of a row of t scores s | exact with a constant state | "
+        "source |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, score in SCORES.items():
+        scores.append(
+            f"| `{name}` | {score.equation} | {_constant_state(name) or ''} | "
+            f"{_link(score.source)} |"
+        )
+    return "\n".join([*mixers, "", *scores])
 
 
 def _mixer_row(name: str) -> dict[str, Any]:
     """A mixer with the state of one layer of the micro size, at batch 1."""
-    row = MIXERS[name]
-    shape = SIZES["micro"]
-    model = LanguageModel(
-        ModelConfig(name, 2, shape.d_model, num_layers=1, head_dim=shape.head_dim)
-    )
-    sizes = _state_sizes(model)
+    row, size = MIXERS[name], layer_state(name)
+    sizes = {f"{context:,} tokens": readable_bytes(size.at(context)) for context in CONTEXTS}
     return {
         "mixer": name,
         "op": row.op,
@@ -117,21 +212,39 @@ def _mixer_row(name: str) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def _state_sizes(model: LanguageModel) -> dict[str, str]:
-    """Bytes of the state after some tokens; measured at two small lengths, from which it is a line.
-
-    Every state grows linearly or not at all.
-    """
-    sizes = []
-    for tokens in (1, 2):
-        _, state = model.features(torch.zeros(1, tokens, dtype=torch.long))
-        sizes.append(states.num_bytes(state))
-    growth = sizes[1] - sizes[0]
+def _score_row(name: str) -> dict[str, Any]:
+    """A score of `attention`, and what its state of constant size would be."""
+    score = SCORES[name]
     return {
-        f"{context:,} tokens": f"{sizes[0] + growth * (context - 1):,} bytes"
-        for context in CONTEXTS
+        "attention": name,
+        "weights of t scores s": score.equation,
+        "constant state of a layer": _constant_state(name) or "none",
+        "source": score.source or "",
     }
+
+
+def _constant_state(score: str) -> str | None:
+    """Its size, and the context up to which a KV cache is smaller; None where there is none."""
+    if not SCORES[score].exact:
+        return None
+    size = layer_state(f"attention:{score}:constant")
+    until = smaller_cache_until(size, layer_state(f"attention:{score}"))
+    return f"{readable_bytes(size.first)}; a KV cache is smaller up to {until:,} tokens"
+
+
+def smaller_cache_until(constant: StateSize, cache: StateSize) -> int:
+    """The longest context at which a state that grows takes no more than one that does not."""
+    return (constant.first - cache.first) // cache.growth + 1
+
+
+def _in_words(size: StateSize) -> str:
+    return f"{size.growth:,} bytes a token" if size.growth else f"{size.first:,} bytes"
+
+
+def _link(source: str | None) -> str:
+    if source is None:
+        return ""
+    return f"[{source}](https://arxiv.org/abs/{source.removeprefix('arXiv ')})"
 
 
 def _readable(value: object) -> str:

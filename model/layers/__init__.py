@@ -6,6 +6,7 @@ from torch import nn
 
 from model.layers.attention import Attention
 from model.layers.channel_mix import (
+    RWKV4ChannelMix,
     RWKV5ChannelMix,
     RWKV6ChannelMix,
     RWKV7ChannelMix,
@@ -18,6 +19,7 @@ from model.layers.linear_transformer import LinearTransformer
 from model.layers.mamba2 import Mamba2
 from model.layers.norm import LayerNorm, RMSNorm
 from model.layers.retnet import RetNet
+from model.layers.rwkv4 import RWKV4
 from model.layers.rwkv5 import RWKV5
 from model.layers.rwkv6 import RWKV6
 from model.layers.rwkv7 import RWKV7
@@ -53,6 +55,14 @@ class Mixer(NamedTuple):
 
 
 MIXERS = {
+    "rwkv4": Mixer(
+        RWKV4,
+        RWKV4ChannelMix,
+        RWKV,
+        "wkv4",
+        "mean of v with weights exp(k) that decay, a channel",
+        "arXiv 2305.13048",
+    ),
     "rwkv5": Mixer(
         RWKV5,
         RWKV5ChannelMix,
@@ -130,7 +140,7 @@ MIXERS = {
         SwiGLU,
         TRANSFORMER,
         "attention",
-        "a score of all tokens so far, rotary positions",
+        "weights of all tokens so far from their scores (below), rotary positions",
         "arXiv 1706.03762",
     ),
 }

@@ -1,7 +1,12 @@
-"""Softmax attention with rotary positions: the baseline, as Llama has it (arXiv 2302.13971)."""
+"""Attention with rotary positions: softmax as Llama has it (arXiv 2302.13971), or another score.
 
-from collections.abc import Sequence
+Softmax is the baseline. Some scores have an exact recurrence: a feature map makes a dot product of
+their weights, and a state of constant size does what a KV cache does.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -9,41 +14,96 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from model.config import MixerOptions, ModelConfig
-from model.layers.layer import Context, Layer
+from model.layers.feature_maps import monomials, num_monomials, num_taylor, taylor
+from model.layers.layer import Context, Layer, at_least_single
 from model.layers.rotary import document_positions, rotate
 from model.ops.attention import KVCache
+from model.ops.scores import SCORES, Score, entmax, polynomial, polynomial_factor
 
-SCORES = ("softmax",)
+STATES = ("cache", "constant")
+
+_PARAMETERS: dict[str, tuple[str, int | float]] = {
+    "order": ("polynomial", 3),
+    "alpha": ("entmax", 1.5),
+}
+"""Settings of one score only, with their defaults."""
 
 
 @dataclass(frozen=True)
 class AttentionOptions(MixerOptions):
-    """How scores become weights, and where positions come from."""
+    """How scores become weights, what is carried along, and where positions come from."""
 
     score: str = "softmax"
-    """What makes weights of scores; named after a colon: `attention:softmax`."""
+    """What makes weights of scores, a row of `model.ops.scores.SCORES`; named after a colon:
+    `attention:square_l1`."""
+    order: int | None = None
+    """Of polynomial, 1 to 4 (3 unless it is given): `attention:polynomial:2`."""
+    alpha: float | None = None
+    """Of entmax, above 1, at most 2 (1.5 unless it is given): `attention:entmax:1.3`."""
+    state: str = "cache"
+    """`cache` keeps all keys and values, `constant` their sum in the features of square_l1, taylor
+    or polynomial up to order 3: `attention:square_l1:constant`."""
     rotary_base: float = 10_000.0
     """Base of the rotary frequencies (RoFormer, arXiv 2104.09864)."""
 
     def __post_init__(self) -> None:
-        """Refuses what does not exist.
+        """Refuses what does not exist or has no effect, and puts in the score's own defaults.
 
         Raises:
             ValueError: naming the setting.
         """
         super().__post_init__()
-        if self.score not in SCORES:
+        if not isinstance(self.score, str) or self.score not in SCORES:
             raise ValueError(
                 f"attention knows no score {self.score!r}; choose one of {', '.join(SCORES)}"
             )
+        for name, (score, default) in _PARAMETERS.items():
+            value = getattr(self, name)
+            if self.score != score and value is not None:
+                raise ValueError(f"{name} is of the score {score}; {self.score} has none")
+            if self.score == score and value is None:
+                object.__setattr__(self, name, default)
+        rule = self.rule()  # refuses parameters out of range
+        if self.state not in STATES:
+            raise ValueError(f"state must be one of {', '.join(STATES)}, but is {self.state!r}")
+        if self.state == "constant" and not rule.exact:
+            score = self.score if self.order is None else f"{self.score} of order {self.order}"
+            raise ValueError(
+                "a constant state needs square_l1, taylor or polynomial up to order 3; "
+                f"with {score} leave it out"
+            )
+
+    def rule(self) -> Score:
+        """From scores to weights.
+
+        Raises:
+            ValueError: for a parameter out of range.
+        """
+        if self.order is not None:
+            return polynomial(self.order)
+        if self.alpha is not None:
+            return entmax(self.alpha)
+        return SCORES[self.score]
 
     @classmethod
     def from_words(cls, words: Sequence[str]) -> Self:
-        """The score stands first: `attention:softmax`."""
+        """The score stands first, its parameter and the state may follow.
+
+        `softmax`, `polynomial:2`, `entmax:1.3`, `polynomial:2:constant`.
+        """
         if not words or "=" in words[0]:
             return super().from_words(words)
         score, *rest = words
-        return super().from_words([f"score={score}", *rest])
+        parameter = {score: name for name, (score, _) in _PARAMETERS.items()}.get(score)
+        settings = [f"score={score}"]
+        for word in rest:
+            if word in STATES:
+                settings.append(f"state={word}")
+            elif parameter is not None and word.replace(".", "", 1).isdecimal():
+                settings.append(f"{parameter}={word}")
+            else:
+                settings.append(word)
+        return super().from_words(settings)
 
 
 class AttentionState(NamedTuple):
@@ -52,6 +112,34 @@ class AttentionState(NamedTuple):
     cache: KVCache
     position: Tensor
     """`[B]` int64: tokens of the current document so far."""
+
+
+class ConstantState(NamedTuple):
+    """The sum of all writes, in features, and how far each row is in its document."""
+
+    matrix: Tensor
+    """`[B, H, F, V]`: features of keys times values; `[B, H, F, V + 1]` where the score normalises,
+    with the features alone in the last column."""
+    position: Tensor
+    """`[B]` int64: tokens of the current document so far."""
+
+
+class FeatureMap(NamedTuple):
+    """What makes the unnormalised weight of a score the dot product of two feature vectors."""
+
+    features: Callable[[Tensor], Tensor]
+    """`[..., K] -> [..., F]`, of q and of k, each times the root of the score's scale."""
+    count: Callable[[int], int]
+    """F for a K."""
+
+
+def feature_map(options: AttentionOptions) -> FeatureMap:
+    """Of a score with an exact recurrence."""
+    if options.score == "taylor":
+        return FeatureMap(taylor, num_taylor)
+    order = 2 if options.score == "square_l1" else options.order
+    assert order is not None, "the other scores have no feature map"
+    return FeatureMap(partial(monomials, order=order), partial(num_monomials, order=order))
 
 
 class Attention(Layer):
@@ -63,7 +151,9 @@ class Attention(Layer):
         super().__init__(config, layer)
         assert isinstance(config.options, AttentionOptions)
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        self.rotary_base = config.options.rotary_base
+        self.options, self.score = config.options, config.options.rule()
+        constant = self.options.state == "constant"
+        self.feature_map = feature_map(self.options) if constant else None
         self.query = nn.Linear(config.d_model, config.d_model, bias=False)
         self.key = nn.Linear(config.d_model, config.d_model, bias=False)
         self.value = nn.Linear(config.d_model, config.d_model, bias=False)
@@ -75,31 +165,73 @@ class Attention(Layer):
         if config.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, not {config.head_dim}")
 
-    def initial_state(self, batch_size: int) -> AttentionState:
-        """An empty cache."""
-        empty = self.key.weight.new_zeros(batch_size, 0, self.num_heads, self.head_dim)
-        position = torch.zeros(batch_size, dtype=torch.long, device=empty.device)
-        return AttentionState(KVCache.empty(empty, empty), position)
+    def initial_state(self, batch_size: int) -> AttentionState | ConstantState:
+        """An empty cache, or nothing written yet: zeros, in at least float32.
+
+        Where the sum of weights can come near zero, in float64: the features' products cancel in
+        it, and what float32 leaves of them would be more than eps.
+        """
+        weight = self.key.weight
+        position = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
+        if self.feature_map is None:
+            empty = weight.new_zeros(batch_size, 0, self.num_heads, self.head_dim)
+            return AttentionState(KVCache.empty(empty, empty), position)
+        width = self.head_dim + self.score.normalizes
+        shape = (batch_size, self.num_heads, self.feature_map.count(self.head_dim), width)
+        dtype = torch.float64 if self.score.eps else at_least_single(weight.dtype)
+        return ConstantState(weight.new_zeros(shape, dtype=dtype), position)
 
     def forward(
-        self, x: Tensor, state: AttentionState, context: Context
-    ) -> tuple[Tensor, AttentionState]:
+        self, x: Tensor, state: AttentionState | ConstantState, context: Context
+    ) -> tuple[Tensor, AttentionState | ConstantState]:
         """`[B, T, D]` -> `[B, T, D]`."""
         q, k, v = (
             rearrange(project(x), "b t (h k) -> b t h k", h=self.num_heads)
             for project in (self.query, self.key, self.value)
         )
         position = document_positions(state.position, x.shape[1], context.reset)
-        q, k = rotate(q, position, self.rotary_base), rotate(k, position, self.rotary_base)
-        # A single token is the same in every form, and the fused kernel is the fastest of them.
-        run = replace(context, form="chunked").run if x.shape[1] == 1 else context.run
-        o, cache = run(
+        base = self.options.rotary_base
+        q, k = rotate(q, position, base), rotate(k, position, base)
+        after: AttentionState | ConstantState
+        if isinstance(state, ConstantState):
+            o, matrix = self._read_constant(q, k, v, position + 1, state.matrix, context)
+            after = ConstantState(matrix, position[:, -1] + 1)
+        else:
+            o, cache = self._read_cache(q, k, v, state.cache, context)
+            after = AttentionState(cache, position[:, -1] + 1)
+        return self.output(rearrange(o, "b t h v -> b t (h v)")), after
+
+    def _read_cache(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, context: Context
+    ) -> tuple[Tensor, KVCache]:
+        """`[B, T, H, V]` and the cache with the new tokens."""
+        # A single token is the same in every form, and the chunked one may be fused.
+        run = replace(context, form="chunked").run if q.shape[1] == 1 else context.run
+        o, extended = run(
             "attention",
             q,
             k,
             v,
+            score=self.score,
             scale=self.head_dim**-0.5,
-            initial_state=state.cache if state.cache.key.shape[1] else None,
+            initial_state=cache if cache.key.shape[1] else None,
         )
-        y = self.output(rearrange(o, "b t h v -> b t (h v)"))
-        return y, AttentionState(cache, position[:, -1] + 1)
+        return o, extended
+
+    def _read_constant(
+        self, q: Tensor, k: Tensor, v: Tensor, length: Tensor, matrix: Tensor, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        """The same through features: `[B, T, H, V]` and the matrix after the last token.
+
+        `length [B, T]` is t, the tokens of its document that each token sees.
+        """
+        assert self.feature_map is not None
+        q, k = (
+            self.feature_map.features(x.to(matrix.dtype) * self.head_dim**-0.25) for x in (q, k)
+        )
+        normalizer = {"normalize": True, "eps": self.score.eps} if self.score.normalizes else {}
+        o, matrix = context.run("additive", q, k, v, initial_state=matrix, **normalizer)
+        if self.options.order is not None:
+            factor = polynomial_factor(self.options.order, length.to(matrix.dtype))
+            o = (o * factor[:, :, None, None]).to(v.dtype)
+        return o, matrix

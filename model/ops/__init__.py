@@ -13,6 +13,7 @@ from torch import Tensor
 from model.ops.additive import chunked_additive, parallel_additive, recurrent_additive
 from model.ops.attention import chunked_attention, parallel_attention, recurrent_attention
 from model.ops.delta import chunked_delta, parallel_delta, recurrent_delta
+from model.ops.wkv4 import chunked_wkv4, parallel_wkv4, recurrent_wkv4
 
 FORMS = ("parallel", "chunked", "recurrent")
 
@@ -35,9 +36,10 @@ class Op(NamedTuple):
         function = self[FORMS.index(name)]
 
         @functools.wraps(function)
-        def run(q: Tensor, *args: Any, **kwargs: Any) -> Any:
-            with torch.autocast(q.device.type, enabled=False):
-                return function(q, *args, **kwargs)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            first: Tensor = args[0] if args else kwargs["k"]
+            with torch.autocast(first.device.type, enabled=False):
+                return function(*args, **kwargs)
 
         return run
 
@@ -45,5 +47,6 @@ class Op(NamedTuple):
 OPS = {
     "additive": Op(parallel_additive, chunked_additive, recurrent_additive),
     "delta": Op(parallel_delta, chunked_delta, recurrent_delta),
+    "wkv4": Op(parallel_wkv4, chunked_wkv4, recurrent_wkv4),
     "attention": Op(parallel_attention, chunked_attention, recurrent_attention),
 }

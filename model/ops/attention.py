@@ -1,18 +1,24 @@
-"""Causal softmax attention, `o_i = sum_{j <= i} softmax_j(scale q_i . k_j) v_j`, in three forms.
+"""Causal attention, `o_i = sum_{j <= i} w_ij v_j` with `w_i = score(scale q_i . k_j)`, in 3 forms.
 
-The baseline (arXiv 1706.03762). Its state is the KV cache, the one state here that grows with T.
+With the score softmax it is the baseline (arXiv 1706.03762); `model.ops.scores` has what may stand
+in its place. The state is the KV cache, the one state here that grows with T.
 
 Shape legend: B batch, T time, S cached tokens, H heads, K key dim, V value dim, C chunk length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops.decay import check_shapes
+from model.ops.decay import check_shapes, state_dtype
+from model.ops.scores import SCORES, Score, find_score
+
+AnyScore = str | Score | Callable[[Tensor], Tensor]
+"""A row of `SCORES`, a score such as `polynomial(2)`, or any function from a row of visible scores
+to a row of weights, `[rows, H, n] -> [rows, H, n]`."""
 
 
 class KVCache(NamedTuple):
@@ -49,6 +55,7 @@ def recurrent_attention(
     k: Tensor,
     v: Tensor,
     *,
+    score: AnyScore = "softmax",
     scale: float = 1.0,
     reset: Tensor | None = None,
     initial_state: KVCache | None = None,
@@ -59,6 +66,9 @@ def recurrent_attention(
         q: `[B, T, H, K]`.
         k: `[B, T, H, K]`.
         v: `[B, T, H, V]`.
+        score: what makes weights of the scores of the tokens that a token sees: a row of `SCORES`,
+            a `Score`, or a function that is called on the visible scores of one row at a time,
+            `[rows, H, n] -> [rows, H, n]` (slower).
         scale: factor on the scores `q . k`.
         reset: `[B, T]` bool, True where a token starts a document: it sees nothing before it.
         initial_state: the cache to start from; None for an empty one.
@@ -67,18 +77,21 @@ def recurrent_attention(
         o `[B, T, H, V]`, and the cache with the new tokens behind the old.
 
     Raises:
-        ValueError: if shapes do not fit together.
+        ValueError: if shapes do not fit together, or there is no such score.
     """
+    weigh = find_score(score)
     first, cache = _extend(q, k, v, reset, initial_state)
-    cached = cache.key.shape[1] - v.shape[1]
+    dtype = state_dtype(q, k, v)
+    q, keys, values = q.to(dtype), cache.key.to(dtype), cache.value.to(dtype)
+    cached = keys.shape[1] - v.shape[1]
     outputs = []
     for t in range(v.shape[1]):
         length = cached + t + 1
-        scores = scale * torch.einsum("bhk,bshk->bhs", q[:, t], cache.key[:, :length])
-        hidden = torch.arange(length, device=q.device) < first[:, t, None]
-        weights = scores.masked_fill(hidden[:, None], -torch.inf).softmax(dim=-1)
-        outputs.append(torch.einsum("bhs,bshv->bhv", weights, cache.value[:, :length]))
-    return torch.stack(outputs, dim=1), cache
+        scores = scale * torch.einsum("bhk,bshk->bhs", q[:, t], keys[:, :length])
+        visible = torch.arange(length, device=q.device) >= first[:, t, None]
+        weights = weigh(scores[:, :, None], visible[:, None, None])[:, :, 0]
+        outputs.append(torch.einsum("bhs,bshv->bhv", weights, values[:, :length]))
+    return torch.stack(outputs, dim=1).to(v.dtype), cache
 
 
 def parallel_attention(
@@ -86,19 +99,21 @@ def parallel_attention(
     k: Tensor,
     v: Tensor,
     *,
+    score: AnyScore = "softmax",
     scale: float = 1.0,
     reset: Tensor | None = None,
     initial_state: KVCache | None = None,
 ) -> tuple[Tensor, KVCache]:
-    """All tokens at once, through PyTorch's fused attention.
+    """All tokens at once: one score matrix, or PyTorch's fused attention where it is softmax.
 
-    Arguments, results and errors as `recurrent_attention`. Where there is a cache or a reset, a
-    mask of T x (S + T) is built.
+    Arguments, results and errors as `recurrent_attention`. Where there is a cache or a reset, or
+    another score than softmax, work and memory grow with T x (S + T).
     """
     return chunked_attention(
         q,
         k,
         v,
+        score=score,
         scale=scale,
         reset=reset,
         initial_state=initial_state,
@@ -111,48 +126,91 @@ def chunked_attention(
     k: Tensor,
     v: Tensor,
     *,
+    score: AnyScore = "softmax",
     scale: float = 1.0,
     reset: Tensor | None = None,
     initial_state: KVCache | None = None,
     chunk_size: int = 512,
 ) -> tuple[Tensor, KVCache]:
-    """As the parallel form, with masks of no more than C x (S + T).
+    """As the parallel form, with matrices of no more than C x (S + T).
 
-    Memory grows with T where the fused kernel takes the shapes (K = V) and either no mask is needed
-    or no gradient: for the backward pass the masks of all chunks are kept. Work grows with T^2.
+    For softmax they are masks, and memory grows with T where the fused kernel takes the shapes
+    (K = V) and either no mask is needed or no gradient: for the backward pass the matrices of all
+    chunks are kept, whatever the score. Work grows with T^2.
 
     Arguments, results and errors as `recurrent_attention`.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
+    weigh = find_score(score)
     first, cache = _extend(q, k, v, reset, initial_state)
+    if weigh is SCORES["softmax"]:
+        packed = reset is not None or initial_state is not None
+        return _fused_softmax(q, cache, first if packed else None, scale, chunk_size), cache
+    dtype = state_dtype(q, k, v)
+    queries, keys, values = (
+        x.to(dtype).transpose(1, 2) for x in (scale * q.to(dtype), cache.key, cache.value)
+    )
+    outputs = []
+    for rows, visible in _row_blocks(first, keys.shape[2], chunk_size):
+        length = visible.shape[-1]
+        weights = weigh(queries[:, :, rows] @ keys[:, :, :length].mT, visible)
+        outputs.append(weights @ values[:, :, :length])
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(v.dtype), cache
+
+
+def _fused_softmax(
+    q: Tensor, cache: KVCache, first: Tensor | None, scale: float, chunk_size: int
+) -> Tensor:
+    """Softmax attention `[B, T, H, V]` through PyTorch's kernel, with masks only where needed.
+
+    Args:
+        q: `[B, T, H, K]`.
+        cache: keys and values, those of q's tokens at the end.
+        first: `[B, T]`, the first place each query sees; None where the cache is q's tokens alone
+            and one document.
+        scale: factor on the scores.
+        chunk_size: rows of a mask.
+    """
     if scale <= 0:  # the fused kernel would multiply the -inf of its mask too
         q, scale = q * scale, 1.0
     queries, keys, values = (x.transpose(1, 2) for x in (q, cache.key, cache.value))
-    if reset is None and initial_state is None:
+    if first is None:
         o = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
-        return o.transpose(1, 2), cache
-    time, total = v.shape[1], keys.shape[2]
-    if time == 1 and not bool(first.any()):  # a step that sees the whole cache needs no mask
+        return o.transpose(1, 2)
+    if q.shape[1] == 1 and not bool(first.any()):  # a step that sees all of it needs no mask
         o = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
-        return o.transpose(1, 2), cache
-    place = torch.arange(total, device=q.device)
+        return o.transpose(1, 2)
     outputs = []
-    for begin in range(0, time, chunk_size):
-        end = min(begin + chunk_size, time)
-        length = total - time + end
-        own = place[length - (end - begin) : length, None]
-        visible = (place[:length] <= own) & (place[:length] >= first[:, begin:end, None])
+    for rows, visible in _row_blocks(first, keys.shape[2], chunk_size):
+        length = visible.shape[-1]
         outputs.append(
             F.scaled_dot_product_attention(
-                queries[:, :, begin:end],
+                queries[:, :, rows],
                 keys[:, :, :length],
                 values[:, :, :length],
-                attn_mask=visible[:, None],
+                attn_mask=visible,
                 scale=scale,
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2), cache
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _row_blocks(first: Tensor, total: int, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of up to `size` queries: which they are, and what they see, `[B, 1, size, places]`.
+
+    Args:
+        first: `[B, T]`, the first place each query sees; its own is the last.
+        total: S + T, the places there are; each block reaches to its last query's.
+        size: of a block.
+    """
+    place, time = torch.arange(total, device=first.device), first.shape[1]
+    for begin in range(0, time, size):
+        end = min(begin + size, time)
+        length = total - time + end
+        own = place[length - (end - begin) : length, None]
+        visible = (place[:length] <= own) & (place[:length] >= first[:, begin:end, None])
+        yield slice(begin, end), visible[:, None]
 
 
 def _extend(

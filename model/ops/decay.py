@@ -62,13 +62,22 @@ def check_shapes(
         raise ValueError(
             f"log_decay must be {[batch, time, heads]} or {[*k.shape]}, but is {[*log_decay.shape]}"
         )
-    if reset is not None and (reset.shape != k.shape[:2] or reset.dtype != torch.bool):
-        raise ValueError(
-            f"reset must be a bool tensor {[batch, time]}, but is {reset.dtype} {[*reset.shape]}"
-        )
+    check_reset(reset, batch, time)
     expected = (batch, heads, key_dim, state_width)
     if initial_state is not None and initial_state.shape != expected:
         raise ValueError(f"initial_state must be {[*expected]}, but is {[*initial_state.shape]}")
+
+
+def check_reset(reset: Tensor | None, batch: int, time: int) -> None:
+    """Refuse resets that are not one bool for every token.
+
+    Raises:
+        ValueError: naming the shape that would fit.
+    """
+    if reset is not None and (reset.shape != (batch, time) or reset.dtype != torch.bool):
+        raise ValueError(
+            f"reset must be a bool tensor {[batch, time]}, but is {reset.dtype} {[*reset.shape]}"
+        )
 
 
 class Chunks:

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from data import tokenizers as ebb_tokenizers
 from data.errors import DataError
 from data.tokenizers import (
     END,
@@ -201,7 +200,7 @@ def test_truncation_and_padding_of_a_file_are_undone(tmp_path):
 
 
 def test_pieces_give_the_ids_of_the_whole(monkeypatch):
-    monkeypatch.setattr(ebb_tokenizers, "_PIECE_CHARACTERS", 50)
+    monkeypatch.setattr("data.tokenizers.cut._PIECE_CHARACTERS", 50)
     random.seed(1)
     words = ["the", "fox", "don't", "日本", "12", "...", "\n", "\n\n", "  ", " \t", "x" * 9]
     text = " ".join(random.choices(words, k=2000))

@@ -12,9 +12,10 @@ from model_helpers import ALL_MIXERS
 from model.config import SIZES, ModelConfig
 from model.language_model import LanguageModel
 from model.layers import MIXERS
-from model.layers.attention import SCORES, AttentionOptions
+from model.layers.attention import AttentionOptions
 from model.layers.rwkv6 import RWKV6Options
 from model.layers.rwkv7 import RWKV7Options
+from model.ops.scores import SCORES
 from model.presets import complete, from_dict, parse_mixer, preset
 
 POSITIVE = st.integers(1, 10**6)
@@ -26,11 +27,23 @@ VALUES = {
 }
 
 
+SCORE_NAMES = [
+    *SCORES,
+    *("polynomial:1", "polynomial:4", "entmax:1.3", "entmax:2", "square_l1:cache"),
+    *("square_l1:constant", "taylor:constant", "polynomial:constant", "polynomial:2:constant"),
+]
+"""Scores with their parameters and states, as the command line names them."""
+
+
+def _attention(words, rotary_base):
+    return AttentionOptions.from_words([*words.split(":"), f"rotary_base={rotary_base!r}"])
+
+
 def options_of(mixer):
     """Any options that a mixer can have, drawn by the types of its settings."""
     kind = MIXERS[mixer].time_mix.Options
     if kind is AttentionOptions:
-        return st.builds(kind, score=st.sampled_from(sorted(SCORES)), rotary_base=VALUES[float])
+        return st.builds(_attention, st.sampled_from(SCORE_NAMES), VALUES[float])
     drawn = {f.name: VALUES[f.type] for f in dataclasses.fields(kind) if f.name != "groups"}
     return st.builds(kind, **drawn)  # any number of heads falls into one group
 
@@ -131,6 +144,8 @@ def test_options_out_of_range_are_refused_by_name(mixer, name, value):
         ({"mixer": "rwkv7", "d_model": 100}, "d_model must be a multiple of head_dim, but 100"),
         ({"mixer": "attention", "head_dim": 1}, "rotary positions need an even head_dim, not 1"),
         ({"mixer": "attention", "options": {"score": "hard"}}, "attention knows no score 'hard'"),
+        ({"mixer": "attention", "options": {"score": ["tanh"]}}, "attention knows no score "),
+        ({"mixer": "attention", "options": {"state": ["cache"]}}, "state must be one of cache, "),
     ],
 )
 def test_what_cannot_be_built_is_refused(values, message):
@@ -158,6 +173,22 @@ def test_parse_mixer():
     assert parse_mixer("softmax") == ("attention", AttentionOptions(score="softmax"))
     for score in SCORES:
         assert parse_mixer(f"attention:{score}") == ("attention", AttentionOptions(score=score))
+    assert parse_mixer("attention:polynomial:2") == parse_mixer(
+        "attention:score=polynomial:order=2"
+    )
+    for name, options in {
+        "polynomial": AttentionOptions(score="polynomial", order=3),
+        "polynomial:2": AttentionOptions(score="polynomial", order=2),
+        "polynomial:constant": AttentionOptions(score="polynomial", order=3, state="constant"),
+        "polynomial:2:constant": AttentionOptions(score="polynomial", order=2, state="constant"),
+        "polynomial:constant:2": AttentionOptions(score="polynomial", order=2, state="constant"),
+        "entmax": AttentionOptions(score="entmax", alpha=1.5),
+        "entmax:1.3": AttentionOptions(score="entmax", alpha=1.3),
+        "entmax:2": AttentionOptions(score="entmax", alpha=2.0),
+        "square_l1:cache": AttentionOptions(score="square_l1"),
+        "square_l1:constant": AttentionOptions(score="square_l1", state="constant"),
+    }.items():
+        assert parse_mixer(f"attention:{name}") == ("attention", options)
     assert parse_mixer("rwkv7:gate_rank=64:first_value_residual") == (
         "rwkv7",
         RWKV7Options(gate_rank=64, first_value_residual=True),
@@ -173,12 +204,25 @@ def test_parse_mixer():
         ("softmax:softmax", "there is no mixer 'softmax:softmax'"),
         ("rwkv7:softmax", "rwkv7:softmax: 'softmax' is no option of this mixer; it takes group_n"),
         ("rwkv7:gate_rank", "'gate_rank' is no option of this mixer"),
-        ("rwkv7:gate_rank=", "has nothing after|gate_rank must be a number, but is ''"),
-        ("rwkv7:gate_rank=many", "gate_rank must be a number, but is 'many'"),
+        ("rwkv7:gate_rank=", "has nothing after|gate_rank must be a whole number, but is ''"),
+        ("rwkv7:gate_rank=many", "gate_rank must be a whole number, but is 'many'"),
         ("rwkv7:gate_rank=0", "gate_rank must be a positive integer, but is 0"),
         ("rwkv7:first_value_residual=1", "first_value_residual must be true or false"),
         ("attention:hard", "attention knows no score 'hard'; choose one of softmax"),
         ("attention:softmax:hard", "'hard' is no option of this mixer"),
+        ("attention:softmax:2", "'2' is no option of this mixer"),
+        ("attention:softmax:constant", "a constant state needs .* with softmax leave it out"),
+        ("attention:entmax:constant", "a constant state needs square_l1, taylor or polynomial"),
+        ("attention:polynomial:4:constant", "with polynomial of order 4 leave it out"),
+        ("attention:polynomial:5", "order of polynomial must be 1, 2, 3 or 4, but is 5"),
+        ("attention:polynomial:0", "order must be a positive integer, but is 0"),
+        ("attention:polynomial:1.5", "order must be a whole number, but is '1.5'"),
+        ("attention:polynomial:2:3", "order is given twice"),
+        ("attention:entmax:1", "alpha of entmax must be above 1 and at most 2, but is 1.0"),
+        ("attention:entmax:2.5", "alpha of entmax must be above 1 and at most 2, but is 2.5"),
+        ("attention:tanh:order=2", "order is of the score polynomial; tanh has none"),
+        ("attention:polynomial:alpha=1.5", "alpha is of the score entmax; polynomial has none"),
+        ("attention:tanh:state=none", "state must be one of cache, constant, but is 'none'"),
     ],
 )
 def test_parse_mixer_refuses(name, message):

@@ -132,6 +132,65 @@ def test_rwkv6_time_mix_and_channel_mix(num_layers, width, head_dim):
         assert not channel_mix.value.weight.any()
 
 
+@shapes
+def test_rwkv4_time_mix_and_channel_mix(num_layers, width, head_dim):
+    model = new_model("rwkv4", None, num_layers, width, head_dim)
+    for layer, block in enumerate(model.blocks):
+        mix, channel_mix, channels = block.time_mix, block.channel_mix, range(width)
+        p = layer / (num_layers - 1) if num_layers > 1 else 0.0
+        q = 1 - layer / num_layers
+        whole = [(c / width) ** q for c in channels]
+        half = [(c / width) ** (0.5 * q) for c in channels]
+        expect(mix.mix, [whole, [x + 0.3 * p for x in whole], half])
+        expect(mix.decay, [-5 + 8 * (c / (width - 1)) ** (0.7 + 1.3 * p) for c in channels])
+        zigzag = [{0: 0.0, 1: 0.5, 2: -0.5}[c % 3] for c in channels]
+        expect(mix.bonus, [math.log(0.3) + z for z in zigzag])
+        expect_orthogonal(mix.value.weight, 1)
+        for matrix in (mix.key, mix.receptance, mix.output, channel_mix.value):
+            assert not matrix.weight.any()
+        expect(channel_mix.mix_key, whole)
+        expect(channel_mix.mix_receptance, whole)
+        rows = channel_mix.key.weight.shape[0]
+        expect_orthogonal(channel_mix.key.weight, math.sqrt(rows / width))
+
+
+@shapes
+def test_rwkv5_time_mix_and_channel_mix(num_layers, width, head_dim):
+    model = new_model("rwkv5", None, num_layers, width, head_dim)
+    for layer, block in enumerate(model.blocks):
+        mix, channel_mix, channels = block.time_mix, block.channel_mix, range(width)
+        p = layer / (num_layers - 1) if num_layers > 1 else 0.0
+        q = 1 - layer / num_layers
+        whole = [(c / width) ** q for c in channels]
+        half = [(c / width) ** (0.5 * q) for c in channels]
+        expect(mix.mix, [whole, [x + 0.3 * p for x in whole], half, half])
+        expect(mix.decay, [-6 + 5 * (c / (width - 1)) ** (0.7 + 1.3 * p) for c in channels])
+        zigzag = [{0: 0.0, 1: 0.1, 2: -0.1}[c % 3] for c in channels]
+        expect(mix.bonus, [p * (1 - c / (width - 1)) + zigzag[c] for c in channels])
+        expect(mix.head_norm.weight, [((1 + layer) / num_layers) ** 0.7] * width)
+        assert not mix.output.weight.any()
+        for linear, gain in ((mix.receptance, 1), (mix.value, 1), (mix.key, 0.1), (mix.gate, 0.1)):
+            expect_orthogonal(linear.weight, gain)
+        expect(channel_mix.mix_key, whole)
+        expect(channel_mix.mix_receptance, whole)
+        assert not channel_mix.receptance.weight.any()
+        assert not channel_mix.value.weight.any()
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "gated_deltanet"])
+def test_decays_start_as_mamba_2(mixer):
+    """A in (1, 16), for Gated DeltaNet (0, 16), and steps between 0.001 and 0.1."""
+    model = LanguageModel(ModelConfig(mixer, d_model=512, head_dim=8, num_layers=1))
+    mix = model.blocks[0].time_mix
+    rate, bias = mix.decay_rate.exp(), getattr(mix, "step_bias", getattr(mix, "decay_bias", None))
+    assert (1.0 if mixer == "mamba2" else 0.0) <= rate.min() < 4.0 < 13.0 < rate.max() <= 16.0
+    step = torch.nn.functional.softplus(bias)
+    assert 0.00099 < step.min() < 0.003 < 0.03 < step.max() < 0.101
+    assert step.log().mean().item() == pytest.approx(math.log(0.01), abs=0.5)
+    assert mix.convolution.taps.abs().max() <= 0.5
+    assert mix.convolution.taps.std().item() == pytest.approx(0.5 / math.sqrt(3), rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("mixer", "options"), [("rwkv6", RWKV6Options()), ("rwkv7", RWKV7Options())]
 )

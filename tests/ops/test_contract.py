@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from helpers import Case, make_inputs
+from helpers import Case, has_heads, make_inputs
 
 from model.ops import FORMS, OPS
 
@@ -23,9 +23,11 @@ def test_all_forms_take_the_same_arguments(op, form):
         assert chunk_size.default >= 1
     assert actual == expected
     kinds = {name: parameter.kind for name, parameter in actual.items()}
-    assert [*kinds][:3] == ["q", "k", "v"]
-    assert set([*kinds.values()][3:]) == {inspect.Parameter.KEYWORD_ONLY}
-    assert actual["scale"].default == 1.0
+    positional = ["q", "k", "v"] if has_heads(op) else ["k", "v"]
+    assert [*kinds][: len(positional)] == positional
+    assert set([*kinds.values()][len(positional) :]) == {inspect.Parameter.KEYWORD_ONLY}
+    if has_heads(op):
+        assert actual["scale"].default == 1.0
 
 
 @every_op
@@ -81,7 +83,7 @@ MISTAKES = {
 
 @every_form
 @pytest.mark.parametrize("mistake", MISTAKES)
-@every_op
+@pytest.mark.parametrize("op", [op for op in OPS if has_heads(op)])
 def test_shapes_that_do_not_fit_are_refused(op, mistake, form):
     change, message = MISTAKES[mistake]
     function, inputs = OPS[op].form(form), make_inputs(op, Case())
@@ -94,6 +96,36 @@ def test_shapes_that_do_not_fit_are_refused(op, mistake, form):
         changed |= {n: inputs[n][:, :0] for n in ("a", "b")}
     with pytest.raises(ValueError, match=message):
         function(**inputs | changed)
+
+
+CHANNEL_MISTAKES = {
+    "with_heads": (bad(k=lambda k: k[..., None]), r"k and v must both be \[B, T, D\]"),
+    "one_axis_short": (bad(k=lambda k: k[0], v=lambda v: v[0]), "k and v must both be"),
+    "k_and_v_differ": (bad(v=lambda v: v[:, 1:]), r"k and v must both .* \[2, 16, 8\]"),
+    "no_tokens": (bad(k=lambda k: k[:, :0], v=lambda v: v[:, :0]), "at least one token"),
+    "reset_shape": (
+        bad(reset=lambda k: torch.zeros(2, 16, dtype=torch.bool)),
+        r"reset must be a bool tensor \[2, 17\], but is torch.bool \[2, 16\]",
+    ),
+    "log_decay_with_time": (
+        bad(log_decay=lambda g: g.expand(2, 17, 8)),
+        r"log_decay must be \[D\] = \[8\], but is \[2, 17, 8\]",
+    ),
+    "bonus": (bad(bonus=lambda u: u[1:]), r"bonus must be \[D\] = \[8\], but is \[7\]"),
+    "initial_state": (
+        bad(initial_state=lambda state: state._replace(den=state.den[:, :1])),
+        r"initial_state.den must be \[2, 8\], but is \[2, 1\]",
+    ),
+}
+
+
+@every_form
+@pytest.mark.parametrize("mistake", CHANNEL_MISTAKES)
+def test_shapes_of_channels_that_do_not_fit_are_refused(mistake, form):
+    change, message = CHANNEL_MISTAKES[mistake]
+    inputs = make_inputs("wkv4", Case(state=True))
+    with pytest.raises(ValueError, match=message):
+        OPS["wkv4"].form(form)(**inputs | change(inputs))
 
 
 @every_form

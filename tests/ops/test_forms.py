@@ -23,6 +23,8 @@ LONG_CASES = (
     "bonus_infinite_reset",
     "normalize_mixed",
 )
+SCORE_TIMES = {1: 2, 17: 2, 63: 1}
+"""Of the cases with another score than softmax."""
 RESOLVED_DECAYS = ("zero", "weak", "infinite", "wiped", "beyond")
 """Those that no draw makes so strong that float64 cannot resolve 1e-9 of their gradient."""
 UNIT_CHUNKS_UNTIL = 17
@@ -30,11 +32,19 @@ RECURRENT_AGAIN_UNTIL = 65
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
+
+def times(name, case):
+    """The lengths of a case, and how many heads they have."""
+    if case.score is not None:
+        return SCORE_TIMES
+    return TIMES | LONG_TIMES if name in LONG_CASES else TIMES
+
+
 ROWS = [
     pytest.param(op, replace(case, time=time, heads=heads), id=f"{op}-{name}-{time}")
     for op in OPS
     for name, case in CASES.items()
-    for time, heads in (TIMES | LONG_TIMES if name in LONG_CASES else TIMES).items()
+    for time, heads in times(name, case).items()
     if case.applies_to(op)
 ]
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import CASES, Case, assert_close, make_inputs, run
+from helpers import CASES, Case, assert_close, make_inputs, map_tensors, run
 from torch import Tensor
 
 from model.ops import FORMS, OPS
+from model.ops.wkv4 import WKV4State
 
 every_form = pytest.mark.parametrize("form", FORMS)
 
@@ -186,3 +187,108 @@ def test_scale_multiplies_the_queries(op, form):
     expected, same = OPS[op].form(form)(**inputs | {"q": -0.3 * inputs["q"], "scale": 1.0})
     torch.testing.assert_close(o, expected)
     torch.testing.assert_close(state, same)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name, case in CASES.items() if case.applies_to("wkv4")],
+)
+def test_wkv4_is_its_formula(name):
+    """Every token's logits written out: what it sees, how long ago, and the largest of them."""
+    case = replace(CASES[name], time=9)
+    x, o, final_state = scalars("wkv4", case)
+    for b, d in np.ndindex(case.batch, case.key_dim):
+        w, u = x["log_decay"][d], x["bonus"][d]
+        old = [part[b, d].item() for part in x["initial_state"]] if case.state else (0.0, 0.0, 0.0)
+        logits, values, weights = [old[2]], [old[0]], [old[1]]
+        for t in range(case.time):
+            k, v = x["k"][b, t, d], x["v"][b, t, d]
+            if case.reset and x["reset"][b, t]:
+                logits, values, weights = [0.0], [0.0], [0.0]
+            seen = np.exp(np.append(logits, k + u))
+            mean = seen @ np.append(values, v) / (seen @ np.append(weights, 1.0))
+            np.testing.assert_allclose(o[b, t, d], mean, rtol=1e-9)
+            logits = [*(w + np.array(logits)), k]
+            values, weights = [*values, v], [*weights, 1.0]
+        counts = np.array(weights) != 0  # an empty state has no logit
+        largest = np.max(np.array(logits)[counts])
+        factor = np.exp(np.array(logits) - largest)
+        expected = (factor @ values, factor @ weights, largest)
+        np.testing.assert_allclose([part[b, d] for part in final_state], expected, rtol=1e-9)
+
+
+@every_form
+def test_wkv4_without_decay_and_bonus_is_a_running_softmax_over_the_keys(form):
+    inputs = make_inputs("wkv4", Case(decay="zero", time=40)) | {
+        "bonus": torch.zeros(8, dtype=torch.float64)
+    }
+    k, v = inputs["k"], inputs["v"]
+    o, state = OPS["wkv4"].form(form)(**inputs)
+    for t in range(40):
+        mean = (k[:, : t + 1].softmax(dim=1) * v[:, : t + 1]).sum(dim=1)
+        torch.testing.assert_close(o[:, t], mean)
+    torch.testing.assert_close(state.max, k.amax(dim=1))
+    torch.testing.assert_close(state.max + state.den.log(), k.logsumexp(dim=1))
+    torch.testing.assert_close(state.num / state.den, o[:, -1])
+
+
+@every_form
+def test_wkv4_that_forgets_at_once_sees_itself_and_the_token_before(form):
+    inputs = make_inputs("wkv4", Case(decay="wiped", time=40))
+    k, v, u = inputs["k"], inputs["v"], inputs["bonus"]
+    own = torch.sigmoid(u + k - torch.cat([torch.full_like(k[:, :1], -torch.inf), k[:, :-1]], 1))
+    expected = own * v + (1 - own) * torch.cat([torch.zeros_like(v[:, :1]), v[:, :-1]], dim=1)
+    o, state = OPS["wkv4"].form(form)(**inputs)
+    torch.testing.assert_close(o, expected)
+    torch.testing.assert_close(state.num, v[:, -1])
+    torch.testing.assert_close(state.max, k[:, -1])
+
+
+@every_form
+def test_a_state_of_wkv4_counts_by_its_weights_whatever_their_common_factor(form):
+    """The same weights with another factor: equal outputs, and a state with the same weights."""
+    inputs = make_inputs("wkv4", Case(state=True, time=40))
+    num, den, largest = inputs["initial_state"]
+    heavy = WKV4State(num * math.exp(9), den * math.exp(9), largest - 9 + 500)
+    inputs = inputs | {"initial_state": WKV4State(num, den, largest + 500)}
+    o, state = OPS["wkv4"].form(form)(**inputs)
+    same, told_otherwise = OPS["wkv4"].form(form)(**inputs | {"initial_state": heavy})
+    torch.testing.assert_close(same, o)
+    for part in (0, 1):
+        torch.testing.assert_close(told_otherwise[part] / math.exp(9), state[part])
+    torch.testing.assert_close(told_otherwise.max, state.max - 9)
+
+
+@every_form
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shift", [500.0, -500.0])
+def test_wkv4_counts_only_differences_of_keys(form, shift, dtype):
+    """Keys far from zero change the largest logit and nothing else."""
+    inputs = make_inputs("wkv4", Case(state=True, reset=True, time=40), dtype)
+    rounded = (inputs["k"] * 1024).round() / 1024  # so that float32 holds the shifted ones too
+    num, den, largest = inputs["initial_state"]
+    largest = (largest * 1024).round() / 1024
+
+    def at(distance, precision):
+        state = WKV4State(num, den, largest + distance)
+        shifted = inputs | {"k": rounded + distance, "initial_state": state}
+        return {n: map_tensors(lambda x: to(x, precision), x) for n, x in shifted.items()}
+
+    def to(x, precision):
+        return x.to(precision) if x.is_floating_point() else x
+
+    expected = run(OPS["wkv4"].recurrent, at(0.0, torch.float64))
+    expected["final_state.max"] += shift
+    assert_close(run(OPS["wkv4"].form(form), at(shift, dtype)), expected, dtype)
+
+
+@every_form
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("decay", ["mixed", "infinite", "wide"])
+def test_keys_of_any_size_do_not_overflow_wkv4(form, decay, dtype):
+    def enlarged(precision):
+        inputs = make_inputs("wkv4", Case(decay=decay, reset=True, time=40), precision)
+        return inputs | {"k": (300 * inputs["k"]).clamp(-500, 500), "bonus": 90 * inputs["bonus"]}
+
+    expected = run(OPS["wkv4"].recurrent, enlarged(torch.float64))
+    assert_close(run(OPS["wkv4"].form(form), enlarged(dtype)), expected, dtype)

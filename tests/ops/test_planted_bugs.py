@@ -1,23 +1,27 @@
 """The checks can fail: each catches the faults it is there for, in every form of every op."""
 
-import inspect
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import (
     CASES,
+    arguments,
     check_causality,
     check_form,
     check_rows,
     check_untouched,
+    has_heads,
     in_pieces,
     map_tensors,
 )
 
 from model.ops import FORMS, OPS
+from model.ops.scores import SCORES
+from model.ops.wkv4 import WKV4State
 
-RECURRENT_STATE = ("additive", "delta")
+MATRIX_STATE = ("additive", "delta")
 DTYPES = (torch.float64, torch.float32)
 
 
@@ -97,38 +101,96 @@ def unscaled(function):
     return lambda **inputs: function(**inputs | {"scale": 1.0})
 
 
+def decay_of_another_channel(function):
+    def wrapped(*, log_decay, **rest):
+        return function(log_decay=log_decay.roll(1, dims=-1), **rest)
+
+    return wrapped
+
+
+def hidden_tokens_counted(function):
+    def wrapped(*, score, **rest):
+        rule = SCORES[score].rule
+        blind = replace(SCORES[score], rule=lambda s, visible: rule(s, torch.ones_like(visible)))
+        return function(score=blind, **rest)
+
+    return wrapped
+
+
+def part_detached(name):
+    def plant(function):
+        def wrapped(*, initial_state, **rest):
+            part = getattr(initial_state, name).detach()
+            return function(initial_state=initial_state._replace(**{name: part}), **rest)
+
+        return wrapped
+
+    return plant
+
+
+def another_common_factor(function):
+    def wrapped(**inputs):
+        o, (num, den, largest) = function(**inputs)
+        return o, WKV4State(num * math.exp(0.1), den * math.exp(0.1), largest - 0.1)
+
+    return wrapped
+
+
+def gradient_of_largest_lost(function):
+    def wrapped(**inputs):
+        o, state = function(**inputs)
+        return o, state._replace(max=state.max.detach() + 0 * state.num)
+
+    return wrapped
+
+
+def softmax_instead(function):
+    return lambda **inputs: function(**inputs | {"score": "softmax"})
+
+
+WITH_HEADS = tuple(op for op in OPS if has_heads(op))
 VALUE_BUGS = {
-    "decay_one_step_late": ("channel_decay", late_decay),
-    "decay_one_step_late_where_strong": ("mixed", late_decay),
-    "gradient_of_decay_one_step_early": ("channel_decay", early_decay_gradient),
-    "gradient_of_initial_state_lost": ("state", detached("initial_state")),
-    "gradient_of_q_lost": ("state", detached("q")),
-    "gradient_of_k_lost": ("state", detached("k")),
-    "gradient_of_v_lost": ("state", detached("v")),
-    "gradient_of_a_lost": ("state", detached("a")),
-    "gradient_of_b_lost": ("state", detached("b")),
-    "gradient_of_decay_lost": ("channel_decay", detached("log_decay")),
-    "gradient_of_bonus_lost": ("bonus", detached("bonus")),
-    "initial_state_ignored": ("state", without("initial_state")),
-    "reset_ignored": ("reset_state", without("reset")),
-    "bonus_ignored": ("bonus", without("bonus")),
-    "scale_ignored": ("state", unscaled),
-    "final_state_transposed": ("state", transposed_final_state),
-    "final_state_transposed_in_memory": ("state", transposed_memory_of_final_state),
-    "initial_state_transposed_in_memory": ("state", transposed_initial_state),
-    "output_in_another_dtype": ("plain", wrong_dtype),
+    "decay_one_step_late": ("channel_decay", late_decay, WITH_HEADS),
+    "decay_one_step_late_where_strong": ("mixed", late_decay, WITH_HEADS),
+    "decay_of_another_channel": ("channel_decay", decay_of_another_channel, OPS),
+    "gradient_of_decay_one_step_early": ("channel_decay", early_decay_gradient, WITH_HEADS),
+    "gradient_of_initial_state_lost": ("state", detached("initial_state"), OPS),
+    "gradient_of_q_lost": ("state", detached("q"), WITH_HEADS),
+    "gradient_of_k_lost": ("state", detached("k"), OPS),
+    "gradient_of_v_lost": ("state", detached("v"), OPS),
+    "gradient_of_a_lost": ("state", detached("a"), ("delta",)),
+    "gradient_of_b_lost": ("state", detached("b"), ("delta",)),
+    "gradient_of_decay_lost": ("channel_decay", detached("log_decay"), OPS),
+    "gradient_of_bonus_lost": ("bonus", detached("bonus"), OPS),
+    "gradient_of_channel_bonus_lost": ("state", detached("bonus"), ("wkv4",)),
+    "gradient_of_initial_num_lost": ("state", part_detached("num"), ("wkv4",)),
+    "gradient_of_initial_den_lost": ("state", part_detached("den"), ("wkv4",)),
+    "gradient_of_initial_max_lost": ("state", part_detached("max"), ("wkv4",)),
+    "gradient_of_final_max_lost": ("state", gradient_of_largest_lost, ("wkv4",)),
+    "initial_state_ignored": ("state", without("initial_state"), OPS),
+    "reset_ignored": ("reset_state", without("reset"), OPS),
+    "bonus_ignored": ("bonus", without("bonus"), WITH_HEADS),
+    "scale_ignored": ("state", unscaled, WITH_HEADS),
+    "final_state_transposed": ("state", transposed_final_state, MATRIX_STATE),
+    "final_state_transposed_in_memory": (
+        "state",
+        transposed_memory_of_final_state,
+        MATRIX_STATE,
+    ),
+    "initial_state_transposed_in_memory": ("state", transposed_initial_state, MATRIX_STATE),
+    "final_state_of_another_common_factor": ("state", another_common_factor, ("wkv4",)),
+    "hidden_tokens_counted": ("score_tanh", hidden_tokens_counted, ("attention",)),
+    "hidden_tokens_summed": ("score_sigmoid_l1", hidden_tokens_counted, ("attention",)),
+    "score_ignored": ("score_softpick", softmax_instead, ("attention",)),
+    "output_in_another_dtype": ("plain", wrong_dtype, OPS),
 }
-NEEDS = {"a": "gradient_of_a_lost", "b": "gradient_of_b_lost"}
+"""The case in which a bug shows, the bug, and the ops that may have it."""
 
 
 def plantable(op, bug):
     """Whether the op has what the bug breaks."""
-    has = inspect.signature(OPS[op].recurrent).parameters
-    if any(bug == needed and name not in has for name, needed in NEEDS.items()):
-        return False
-    return CASES[VALUE_BUGS[bug][0]].applies_to(op) and not (
-        "transposed" in bug and op not in RECURRENT_STATE
-    )
+    name, _, ops = VALUE_BUGS[bug]
+    return op in ops and CASES[name].applies_to(op)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -137,7 +199,7 @@ def plantable(op, bug):
     ("op", "bug"), [(op, bug) for op in OPS for bug in VALUE_BUGS if plantable(op, bug)]
 )
 def test_a_wrong_value_is_caught(op, form, bug, dtype):
-    name, plant = VALUE_BUGS[bug]
+    name, plant, _ = VALUE_BUGS[bug]
     function = OPS[op].form(form)
     check_form(function, op, CASES[name], dtype)
     with pytest.raises(AssertionError, match=r"off by|not torch"):
@@ -145,7 +207,7 @@ def test_a_wrong_value_is_caught(op, form, bug, dtype):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("op", RECURRENT_STATE)
+@pytest.mark.parametrize("op", MATRIX_STATE)
 def test_a_transposed_state_is_caught_by_its_values_where_its_shape_fits(op, form):
     case = replace(CASES["state"], value_dim=8)
     with pytest.raises(AssertionError, match="final_state is off by"):
@@ -196,8 +258,15 @@ def test_rows_that_touch_are_caught(op, poison):
         check_rows(mixing, op, CASES["state"], torch.float64, poison)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", ["q", "k", "v", "initial_state", "reset"])
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        (op, name)
+        for op in OPS
+        for name in ("q", "k", "v", "initial_state", "reset")
+        if name in arguments(op)
+    ],
+)
 def test_a_write_to_an_input_is_caught(op, name):
     def writing(**inputs):
         value = inputs[name]

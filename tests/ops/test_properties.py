@@ -8,13 +8,14 @@ import pytest
 import torch
 from helpers import (
     CASES,
-    TIMED,
     Case,
     assert_close,
     check_causality,
     check_form,
     check_rows,
     check_untouched,
+    cut_time,
+    flatten,
     in_pieces,
     make_inputs,
     map_tensors,
@@ -49,6 +50,10 @@ every_form_and_case = rows(
     "head_mixed_reset",
     "bonus_mixed_reset",
     "normalize_mixed",
+    "score_square_l1",
+    "score_sigmoid",
+    "score_entmax",
+    "score_user",
     time=37,
 )
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -75,10 +80,7 @@ def test_steps_of_one_token_equal_the_whole(op, form, case):
 @rows("reset_state", time=20)
 def test_another_form_may_continue(op, form, case):
     def prefill_then_step(**inputs):
-        head, tail = (
-            {n: x[:, part] if n in TIMED else x for n, x in inputs.items()}
-            for part in (slice(13), slice(13, None))
-        )
+        head, tail = (cut_time(inputs, part) for part in (slice(13), slice(13, None)))
         first, state = variant(op, form)(**head)
         rest, state = in_pieces(OPS[op].recurrent, *range(1, 7))(**tail | {"initial_state": state})
         return torch.cat([first, rest], dim=1), state
@@ -137,7 +139,7 @@ def one_by_one(function):
         starts = [t for t in reset[0].nonzero()[:, 0].tolist() if t > 0]
         outputs = []
         for begin, end in pairwise([0, *starts, reset.shape[1]]):
-            document = {n: x[:, begin:end] if n in TIMED else x for n, x in inputs.items()}
+            document = cut_time(inputs, slice(begin, end))
             carried = None if reset[0, begin] else initial_state
             o, state = function(**document, initial_state=carried)
             outputs.append(o)
@@ -187,8 +189,9 @@ def test_bfloat16_keeps_its_state_in_float32(op, form, case):
     exact = {n: map_tensors(widened, x) for n, x in inputs.items()}
     actual, expected = run(variant(op, form), inputs), run(OPS[op].recurrent, exact)
     if op != "attention":  # whose state is its inputs, kept as they are
-        state = {"final_state": actual.pop("final_state")}
-        reference = {"final_state": expected.pop("final_state")}
+        names = [name for name in actual if name.startswith("final_state")]
+        state = {name: actual.pop(name) for name in names}
+        reference = {name: expected.pop(name) for name in names}
         assert_close(state, reference, torch.float32, tolerance=1e-5)
     assert_close(actual, expected, torch.bfloat16, tolerance=2e-2)
 
@@ -203,20 +206,19 @@ def test_bfloat16_keeps_its_state_in_float32(op, form, case):
 )
 def test_gradients_are_those_of_finite_differences(op, form, case):
     inputs, function = make_inputs(op, case), variant(op, form, chunk_size=2)
-    if isinstance(inputs.get("initial_state"), KVCache):
-        cache = inputs.pop("initial_state")
-        inputs |= {"old_key": cache.key, "old_value": cache.value}
-    names = [n for n, x in inputs.items() if torch.is_tensor(x) and x.is_floating_point()]
+    flattened = dict(pair for n, x in inputs.items() for pair in flatten(n, x).items())
+    names = [n for n, x in flattened.items() if x.is_floating_point()]
 
     def flat(*values):
-        arguments = inputs | dict(zip(names, values, strict=True))
-        if "old_key" in arguments:
-            old = arguments.pop("old_key"), arguments.pop("old_value")
-            arguments["initial_state"] = KVCache(*old, cache.start)
-        o, state = function(**arguments)
-        return (o, state[0], state[1]) if isinstance(state, KVCache) else (o, state)
+        replaced = iter(values)
 
-    assert torch.autograd.gradcheck(flat, [inputs[n].requires_grad_() for n in names])
+        def filled(x):
+            return next(replaced) if x.is_floating_point() else x
+
+        o, state = function(**{n: map_tensors(filled, x) for n, x in inputs.items()})
+        return o, *(x for x in flatten("final_state", state).values() if x.is_floating_point())
+
+    assert torch.autograd.gradcheck(flat, [flattened[n].requires_grad_() for n in names])
 
 
 def saved_bytes(function, inputs):

@@ -1,6 +1,6 @@
-"""Tokenizers: bytes, byte-level BPE trained on the spot, and any ``tokenizer.json``.
+"""What every tokenizer does, whatever it was made from, and its decoder for streams.
 
-All three are a ``tokenizers.Tokenizer`` inside, and are saved and loaded as the same file.
+All are a ``tokenizers.Tokenizer`` inside, and are saved and loaded as the same file.
 """
 
 import codecs
@@ -8,19 +8,21 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken
 
-from data.errors import DataError, first_line
+from data.errors import DataError
+from data.tokenizers.byte_level import END, byte_characters, is_byte_definition
+from data.tokenizers.world import WORLD_END, longest_match
 
-END = "<|end|>"
 # The usual names of the token that ends a document, the more specific first: some chat models
 # use <|end|> for a turn beside <|endoftext|> for a document.
 _END_NAMES = (
@@ -33,10 +35,8 @@ _END_NAMES = (
     "[EOS]",
     "<EOS>",
     END,
+    WORLD_END,
 )
-_DEFAULT_BPE_SIZE = 4096
-_PIECE_CHARACTERS = 1 << 18
-_LONE_SPACES = (re.compile(r"(?<=\S) (?=\S)"), re.compile(r"(?<=\S)\s(?=\S)"))
 
 
 class Tokenizer:
@@ -45,7 +45,7 @@ class Tokenizer:
     Text is only ever text: a special token that is spelled out in it is encoded as characters.
 
     Attributes:
-        name: Short and for humans: ``bytes``, ``bpe-4096``, ``unigram-32000``.
+        name: Short and for humans: ``bytes``, ``bpe-4096``, ``world-65536``, ``unigram-32000``.
         vocab_size: One more than the largest id.
         end_id: The id that follows every document.
         fingerprint: sha256 of the whole definition.
@@ -61,7 +61,7 @@ class Tokenizer:
             inner.add_special_tokens([AddedToken(END, special=True, normalized=False)])
         definition = json.loads(inner.to_str())
         self._inner = inner
-        self._is_bytes = _is_byte_definition(definition)
+        self._encode_bytes, kind = _own_way(definition)
         self._is_byte_level = (definition["decoder"] or {}).get("type") == "ByteLevel"
         self._specials = {
             token_id
@@ -75,18 +75,17 @@ class Tokenizer:
         self.fingerprint: str = hashlib.sha256(
             json.dumps(definition, sort_keys=True).encode()
         ).hexdigest()
-        kind = definition["model"]["type"].lower()
-        self.name: str = "bytes" if self._is_bytes else f"{kind}-{self.vocab_size}"
+        self.name: str = kind if kind == "bytes" else f"{kind}-{self.vocab_size}"
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without any token added to it."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, on all cores."""
+        """The ids of each text, on all cores where the library does it."""
         try:
-            if self._is_bytes:
-                return [list(text.encode()) for text in texts]
+            if self._encode_bytes is not None:
+                return [self._encode_bytes(text.encode()) for text in texts]
             # The library takes only what is valid UTF-8, but says so in a misleading way.
             for text in texts:
                 text.encode()
@@ -157,7 +156,7 @@ class Tokenizer:
     @cached_property
     def _bytes_of(self) -> list[bytes]:
         """The bytes of each id of a byte-level tokenizer; none for specials and unused ids."""
-        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         table = [b""] * self.vocab_size
         for token, i in self._inner.get_vocab(with_added_tokens=True).items():
             if i not in self._specials:
@@ -218,120 +217,10 @@ class _ByteStream(TextStream):
         return text
 
 
-def byte_tokenizer() -> Tokenizer:
-    """Ids 0 to 255 are the bytes, 256 is the end token."""
-    return Tokenizer(_byte_inner())
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE with the word pattern of GPT-2; equal texts give an equal tokenizer.
-
-    Args:
-        texts: What to count pairs in: the training side only, or validation is not unseen.
-        vocab_size: The 256 bytes, the end token and the merges; fewer come out of a short text.
-    """
-    if vocab_size < 257:
-        raise DataError(
-            f"A byte-level BPE needs a vocabulary of at least 257 tokens, not {vocab_size}."
-        )
-    inner = tokenizers.Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=[AddedToken(END, special=True, normalized=False)],
-        initial_alphabet=sorted(_byte_characters()),
-    )
-    inner.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
-    return Tokenizer(inner)
-
-
-def load_tokenizer(
-    spec: str, *, texts: Iterable[str] | None = None, vocab_size: int | None = None
-) -> Tokenizer:
-    """Make or read a tokenizer.
-
-    Args:
-        spec: ``bytes``, ``bpe``, or the path of a ``tokenizer.json`` or of a folder with one.
-        texts: The training documents, for ``bpe``.
-        vocab_size: For ``bpe``, 4096 if not given; refused elsewhere.
-
-    Raises:
-        DataError: There is no such tokenizer, it cannot be read, or an option has no effect.
-    """
-    if spec == "bpe":
-        if texts is None:
-            raise DataError("A BPE is trained on a text: name one, or give a tokenizer.json.")
-        return train_bpe(texts, _DEFAULT_BPE_SIZE if vocab_size is None else vocab_size)
-    if vocab_size is not None:
-        raise DataError(
-            f"The tokenizer '{spec}' has a vocabulary of its own: leave out the vocabulary size, "
-            "or use 'bpe'."
-        )
-    return byte_tokenizer() if spec == "bytes" else _read_tokenizer(spec)
-
-
-def pieces(text: str) -> Iterator[str]:
-    """Cut a long text so that encoding it takes bounded memory.
-
-    Cuts stand before a single space between two words, where the patterns of byte-level BPE cut
-    anyway: the ids are those of the whole text. Where there is none for a quarter of a million
-    characters, any other white space does, and without that any place; there, or with a tokenizer
-    that treats the start of a text in its own way (a prefix space), the ids can differ from those
-    of the whole text by a few tokens at each cut.
-    """
-    start = 0
-    while len(text) - start > 2 * _PIECE_CHARACTERS:
-        nearest, farthest = start + _PIECE_CHARACTERS, start + 2 * _PIECE_CHARACTERS
-        found = (space.search(text, nearest, farthest) for space in _LONE_SPACES)
-        cut = next((match.start() for match in found if match), farthest)
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
-
-
-def _read_tokenizer(spec: str) -> Tokenizer:
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if not path.is_file():
-        raise DataError(
-            f"There is no tokenizer '{spec}': choose 'bytes' or 'bpe', or give the path of a "
-            "tokenizer.json."
-        )
-    try:
-        return Tokenizer(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise DataError(f"'{path}' cannot be read ({error.strerror}): check the file.") from error
-    except Exception as error:  # the library raises nothing narrower
-        raise DataError(
-            f"'{path}' is not a tokenizer.json ({first_line(error)}): save it again with "
-            "'tokenizers'."
-        ) from error
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte 0 to 255 in byte-level vocabularies.
-
-    Bytes that are printable Latin-1 stand for themselves, the others for U+0100 onwards, in order
-    (GPT-2's encoder.py; ``ByteLevel.alphabet`` has the same characters but not the order).
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-def _byte_inner() -> tokenizers.Tokenizer:
-    vocab = {character: byte for byte, character in enumerate(_byte_characters())}
-    inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([AddedToken(END, special=True, normalized=False)])
-    return inner
-
-
-def _is_byte_definition(definition: object) -> bool:
-    """Whether this is exactly the byte tokenizer, whose ids can be had without the library."""
-    return bool(definition == json.loads(_byte_inner().to_str()))
+def _own_way(definition: dict[str, Any]) -> tuple[Callable[[bytes], list[int]] | None, str]:
+    """From bytes to ids without the library, if that is faster, and what to call this kind."""
+    if is_byte_definition(definition):
+        return list, "bytes"
+    if (world := longest_match(definition)) is not None:
+        return world.encode, "world"
+    return None, definition["model"]["type"].lower()
