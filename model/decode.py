@@ -7,7 +7,7 @@ native step, and a machine without compiled kernels, decode in PyTorch (`model.g
 import copy
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -36,8 +36,7 @@ class Engine:
     """
 
     def __init__(self, model: LanguageModel, weights: str = "fp32") -> None:
-        if weights not in FORMATS:
-            raise ValueError(f"weights must be one of {', '.join(FORMATS)}, but are {weights!r}")
+        check_weights(weights)
         if reason := why_not(model):
             raise ValueError(f"there is no native step: {reason}")
         self.vocab_size, self.weights = model.config.vocab_size, weights
@@ -106,6 +105,16 @@ class Decoder:
         return self._engine.run(token, self._pointers, self._pointers)
 
 
+def check_weights(weights: str) -> None:
+    """Refuses a format that does not exist.
+
+    Raises:
+        ValueError: naming those that do.
+    """
+    if weights not in FORMATS:
+        raise ValueError(f"weights must be one of {', '.join(FORMATS)}, but are {weights!r}")
+
+
 def why_not(model: LanguageModel) -> str:
     """What keeps a model from the native step, in a few words; empty if nothing does."""
     if not native.is_available():
@@ -139,6 +148,11 @@ def engine_for(model: LanguageModel, weights: str = "fp32") -> Engine:
     return _ENGINES[model]
 
 
+def forget(model: LanguageModel) -> None:
+    """Gives back the memory of a model's engine, if there is one."""
+    _ENGINES.pop(model, None)
+
+
 def engine_if_any(model: LanguageModel, state: ModelState) -> Engine | None:
     """The engine in float32, if there is a native step for this model and state."""
     if next(tensors(state))[1].shape[0] != 1:
@@ -161,8 +175,7 @@ def with_rounded_weights(model: LanguageModel, weights: str) -> LanguageModel:
     Raises:
         ValueError: for a format that does not exist.
     """
-    if weights not in FORMATS:
-        raise ValueError(f"weights must be one of {', '.join(FORMATS)}, but are {weights!r}")
+    check_weights(weights)
     model = copy.deepcopy(model)
     with torch.no_grad():
         for module in model.modules():
@@ -177,8 +190,7 @@ def with_rounded_weights(model: LanguageModel, weights: str) -> LanguageModel:
 def _describe(model: LanguageModel, weights: str, like: ModelState) -> Program:
     """The program of one token, up to the logits."""
     program = Program(weights, model.config.d_model)
-    count = itertools.count()
-    slots: ModelState = map_tensors(lambda _: next(count), like)
+    slots: ModelState = map_tensors(_counted(), like)
     x = program.vector(model.config.d_model)
     if isinstance(model.embedding_norm, nn.Identity):
         program.embed(model.embedding.weight, x)
@@ -206,6 +218,12 @@ def _normalize(program: Program, norm: nn.Module, x: Vector, out: Vector | None 
     bias = norm.bias if isinstance(norm, LayerNorm) else None
     assert norm.eps is not None
     return program.normalize(x, norm.weight, bias, norm.eps, out)
+
+
+def _counted() -> Callable[[Tensor], Any]:
+    """Puts numbers in the place of tensors: 0, 1 and so on."""
+    count = itertools.count()
+    return lambda _: next(count)
 
 
 def _is_described(layer: Layer) -> bool:

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from model.ops.native.program import ROWS, Program, Vector
+from model.ops.native.packing import ROWS
+from model.ops.native.program import Program, Vector
 
-_ACTIVATIONS = {None: "none", torch.tanh: "tanh", torch.sigmoid: "sigmoid"}
+_ACTIVATIONS: dict[object, str] = {None: "none", torch.tanh: "tanh", torch.sigmoid: "sigmoid"}
 """What the native step calls them."""
 
 

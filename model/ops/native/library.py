@@ -37,14 +37,14 @@ class Library:
         function = self._library.ebb_decode_step
         function.restype = None
         function.argtypes = [*_POINTER, ctypes.c_int64, *3 * _POINTER, ctypes.c_int]
-        return function  # type: ignore[no-any-return]
+        return function
 
     def decode_read(self) -> Callable[..., float]:
         """`decode.cpp`: reads a stretch of memory."""
         function = self._library.ebb_decode_read
         function.restype = ctypes.c_double
         function.argtypes = [*_POINTER, ctypes.c_int64, ctypes.c_int]
-        return function  # type: ignore[no-any-return]
+        return function
 
     def decode_barrier_size(self) -> int:
         """Bytes of the barrier that a program's threads meet at."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 FORMATS = ("fp32", "bf16", "int8", "int4")
@@ -38,26 +39,33 @@ def pack(matrix: Tensor, weights: str) -> PackedMatrix:
     """Rounds `[R, C]` to a format of `FORMATS` and lays it out for the kernel."""
     rows = matrix.shape[0]
     matrix = _filled_up(matrix.detach().float(), 1 if weights == "fp32" else BLOCK)
-    tiles = matrix.unflatten(0, (-1, ROWS))
+    scales = None
     if weights == "fp32":
-        values, scales = tiles.transpose(1, 2), None
+        values = rearrange(matrix, "(tile row) c -> tile c row", row=ROWS)
     elif weights == "bf16":
-        values, scales = tiles.bfloat16().unflatten(2, (-1, 2)).transpose(1, 2), None
+        values = rearrange(
+            matrix.bfloat16(), "(tile row) (c two) -> tile c row two", row=ROWS, two=2
+        )
     else:
         integers, by_row = _quantize(matrix, weights)
-        blocks = integers.unflatten(0, (-1, ROWS))  # [R / 16, 16, N, 32]
-        scales = by_row.unflatten(0, (-1, ROWS)).transpose(1, 2)
+        scales = rearrange(by_row, "(tile row) n -> tile n row", row=ROWS).contiguous()
         if weights == "int8":
-            values = (blocks + 128).to(torch.uint8).unflatten(3, (8, 4)).permute(0, 2, 3, 1, 4)
+            values = rearrange(
+                (integers + 128).to(torch.uint8),
+                "(tile row) n (c four) -> tile n c row four",
+                row=ROWS,
+                four=4,
+            )
         else:
-            low, high = (blocks + 8).to(torch.uint8).unflatten(3, (4, 2, 4)).unbind(4)
-            values = (low | high << 4).permute(0, 2, 3, 1, 4)
-    return PackedMatrix(
-        values.flatten(),
-        None if scales is None else scales.contiguous(),
-        rows,
-        matrix.shape[1],
-    )
+            low, high = rearrange(
+                (integers + 8).to(torch.uint8),
+                "(tile row) n (c half four) -> half tile n c row four",
+                row=ROWS,
+                half=2,
+                four=4,
+            )
+            values = low | high << 4
+    return PackedMatrix(values.flatten(), scales, rows, matrix.shape[1])
 
 
 def rounded(matrix: Tensor, weights: str) -> Tensor:
@@ -78,7 +86,7 @@ def _filled_up(matrix: Tensor, columns: int) -> Tensor:
 
 def _quantize(matrix: Tensor, weights: str) -> tuple[Tensor, Tensor]:
     """Integers `[R, N, 32]` as floats, and scales `[R, N]` in bfloat16, for a filled up matrix."""
-    blocks = matrix.unflatten(1, (-1, BLOCK))
+    blocks = rearrange(matrix, "r (n c) -> r n c", c=BLOCK)
     if weights == "int8":
         scales = (blocks.abs().amax(dim=-1) / 127).bfloat16()
         return _integers(blocks, scales, -127, 127), scales

@@ -132,9 +132,7 @@ class Program:
         outs = [self.vector(x.size, own=True) for _ in mixes]
         stride = _padded(x.size)
         rows = torch.nn.functional.pad(mixes, (0, stride - x.size))
-        self._add(
-            "interpolate", x, outs[0], x.size, slot, self._place(rows), len(mixes), stride
-        )
+        self._add("interpolate", x, outs[0], x.size, slot, self._place(rows), len(mixes), stride)
         return outs
 
     def keep(self, x: Vector, slot: Any) -> None:
@@ -165,7 +163,8 @@ class Program:
             grain: each thread gets a multiple of so many rows, itself a multiple of 16.
             weights: another format than the program's.
         """
-        assert x.size == matrix.shape[1] and grain % ROWS == 0
+        assert x.size == matrix.shape[1]
+        assert grain % ROWS == 0
         out = self.vector(matrix.shape[0]) if out is None else out
         weights = weights or self.weights
         packed: PackedMatrix = pack(matrix, weights)
@@ -246,9 +245,7 @@ class Program:
         for row, (kind, arguments) in zip(instructions, self._instructions, strict=True):
             row[0] = KINDS.index(kind)
             row[1 : 1 + len(arguments)] = [resolve(argument) for argument in arguments]
-        return FinishedProgram(
-            instructions, memory, self._alive, shared, room + most[True]
-        )
+        return FinishedProgram(instructions, memory, self._alive, shared, room + most[True])
 
     def _add(self, kind: str, *arguments: Argument) -> None:
         self._instructions.append((kind, arguments))
