@@ -55,7 +55,7 @@ INLINE Floats exponential(Floats x) {
   y = y * r + 0.5f;
   y = y * r + 1.0f;
   y = y * r + 1.0f;
-  return (Floats)((Ints)y + (((Ints)shifted - 0x4b400000) << 23));
+  return y * (Floats)(((Ints)shifted - (0x4b400000 - 127)) << 23);  // NaN stays NaN
 }
 
 INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
@@ -78,7 +78,7 @@ INLINE Floats activate(int64_t activation, Floats x) {
   switch (activation) {
     case TANH: return hyperbolic_tangent(x);
     case SIGMOID: return sigmoid(x);
-    case SQUARED_RELU: { const Floats y = choose(x > 0.0f, x, Floats{}); return y * y; }
+    case SQUARED_RELU: { const Floats y = choose(x < 0.0f, Floats{}, x); return y * y; }
     case SILU: return x * sigmoid(x);
     default: return x;
   }
@@ -157,7 +157,8 @@ INLINE Quantized quantize(const float* x, int64_t size, int64_t columns, float* 
     const Floats a = load(x + i * BLOCK, left);
     const Floats b = left > LANES ? load(x + i * BLOCK + LANES, left - LANES) : Floats{};
     const float most = largest(choose(absolute(a) > absolute(b), absolute(a), absolute(b)));
-    const float scale = most / 16256.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    const float broken = sum((a + b) * 0.0f);  // NaN if a value is none: it must not be lost
+    const float scale = most / 16256.0f + broken, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
     const Ints c = nearest(a * inverse), d = nearest(b * inverse);
     digits(c, high + i * BLOCK, low + i * BLOCK);
     digits(d, high + i * BLOCK + LANES, low + i * BLOCK + LANES);

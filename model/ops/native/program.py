@@ -123,7 +123,7 @@ class Program:
         The caller must see to it that x is whole.
         """
         out = self.vector(x.size, own=True) if out is None else out
-        self._add("normalize", x, out, x.size, self._row(weight), self._row(bias), eps)
+        self._add("normalize", x, out, x.size, self._row(weight), self._row(bias), float(eps))
         return out
 
     def interpolate(self, x: Vector, slot: Any, mixes: Tensor) -> list[Vector]:
@@ -215,7 +215,15 @@ class Program:
         """
         rows = [self._row(parameter.flatten()) for parameter in parameters]
         self._add(
-            "rwkv7", *vectors, num_heads, head_dim, slot, *rows, eps, is_first, strongest_decay
+            "rwkv7",
+            *vectors,
+            num_heads,
+            head_dim,
+            slot,
+            *rows,
+            float(eps),
+            is_first,
+            float(strongest_decay),
         )
 
     def finish(self) -> FinishedProgram:
