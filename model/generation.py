@@ -159,13 +159,16 @@ class Generation(Iterator[list[int | None]]):
         generators: one a row; they move on.
         seen: `[B, V]` bool, for the repetition penalty: the tokens so far. None for none.
         stop_ids: the tokens that end a row.
+        vocab_size: draw ids below this only: an official model has more than its tokenizer. None
+            for all.
         weights: what the model's matrices are rounded to, of `model.decode.FORMATS`; other than
             fp32 for one row only, and only where there is a native step.
 
     The weights are those of when this is made, if there is one row.
 
     Raises:
-        ValueError: for a negative number of tokens, or weights that cannot be had.
+        ValueError: for a negative number of tokens, a `vocab_size` that the model has not, or
+            weights that cannot be had.
     """
 
     def __init__(
@@ -179,11 +182,17 @@ class Generation(Iterator[list[int | None]]):
         generators: Sequence[torch.Generator],
         seen: Tensor | None = None,
         stop_ids: Collection[int] = (),
+        vocab_size: int | None = None,
         weights: str = "fp32",
     ) -> None:
+        if vocab_size is not None and not 1 <= vocab_size <= logits.shape[1]:
+            raise ValueError(
+                f"vocab_size must be between 1 and {logits.shape[1]}, but is {vocab_size}"
+            )
         if max_tokens < 0:
             raise ValueError(f"max_tokens must be at least 0, but is {max_tokens}")
         self.model, self.sampling, self.stop_ids = model, sampling, frozenset(stop_ids)
+        self._vocab_size = logits.shape[1] if vocab_size is None else vocab_size
         self._left, self._generators = max_tokens, generators
         self._seen = torch.zeros(logits.shape, dtype=torch.bool) if seen is None else seen.clone()
         self._rows = list(range(logits.shape[0]))
@@ -213,9 +222,10 @@ class Generation(Iterator[list[int | None]]):
     def __next__(self) -> list[int | None]:
         if self._left == 0 or not self._rows:
             raise StopIteration
-        seen = self._seen[self._rows] if self.sampling.repetition_penalty != 1 else None
+        known = slice(self._vocab_size)
+        seen = self._seen[self._rows, known] if self.sampling.repetition_penalty != 1 else None
         generators = [self._generators[row] for row in self._rows]
-        tokens = sample(self._logits, self.sampling, generators, seen)
+        tokens = sample(self._logits[:, known], self.sampling, generators, seen)
         if self._decoder is None:
             self._logits, self._state = step(self.model, tokens, self._state)
         else:
@@ -260,6 +270,7 @@ def generate(
     seed: int = 0,
     state: ModelState | None = None,
     stop_ids: Collection[int] = (),
+    vocab_size: int | None = None,
     weights: str = "fp32",
 ) -> Generation:
     """Goes on from one prompt or many, of any lengths; the rows do not influence each other.
@@ -272,6 +283,7 @@ def generate(
         seed: row r draws with seed + r, and so can be repeated alone.
         state: B rows, of what stands before the prompts; None for nothing.
         stop_ids: the tokens that end a row.
+        vocab_size: draw ids below this only; None for all that the model has.
         weights: as of `Generation`; the prompt is read in full precision.
 
     Returns:
@@ -279,7 +291,8 @@ def generate(
 
     Raises:
         ValueError: for an empty prompt, a token outside the vocabulary, a state of other than B
-            rows, a seed that is negative or above 2^62, or weights that cannot be had.
+            rows, a seed that is negative or above 2^62, a `vocab_size` that the model has not, or
+            weights that cannot be had.
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("every prompt needs a token: start a text with the end token")
@@ -305,6 +318,7 @@ def generate(
         generators=[torch.Generator().manual_seed(seed + row) for row in range(len(prompts))],
         seen=seen,
         stop_ids=stop_ids,
+        vocab_size=vocab_size,
         weights=weights,
     )
 

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.tokenizers import Tokenizer, load_tokenizer
+from model.config import ModelConfig
 from model.language_model import LanguageModel
 from model.presets import from_dict
 
@@ -27,6 +29,9 @@ WEIGHTS = "model.safetensors"
 BEST = "best.safetensors"
 METRICS = "metrics.jsonl"
 RESUME = "resume"
+IMPORTED = "imported"
+"""In `train` of `config.json`: which official model the weights are, if they were not made here."""
+HOW_TO_ADD_A_TOKENIZER = f"convert again with --tokenizer, or put a {TOKENIZER} into the folder"
 
 
 class Checkpoint(NamedTuple):
@@ -160,28 +165,42 @@ def load_checkpoint(folder: Path, *, best: bool = False) -> Checkpoint:
     Raises:
         ValueError: if anything is missing, damaged or does not fit together.
     """
+    model, config = load_model(folder, best=best)
+    tokenizer = read_tokenizer(folder, config, model.config.vocab_size)
+    return Checkpoint(model, tokenizer, config)
+
+
+def load_model(folder: Path, *, best: bool = False) -> tuple[LanguageModel, dict[str, Any]]:
+    """As `load_checkpoint`, without the tokenizer: the model and `config.json`."""
     config = read_config(folder)
+    shape = model_config(folder, config)
+    weights = read_weights(folder, shape, best=best)
+    with torch.device("meta"):  # no initial values, which take minutes for a large model
+        model = LanguageModel(shape)
+    assert {name for name, _ in model.named_buffers()} <= set(weights), "a buffer was left unset"
+    model.to_empty(device="cpu").load_state_dict(weights)  # in float32, whatever the file has
+    return model.eval(), config
+
+
+def model_config(folder: Path, config: dict[str, Any]) -> ModelConfig:
+    """The shape of a run's model, from its `config.json`.
+
+    Raises:
+        ValueError: if it describes none.
+    """
     try:
-        model = LanguageModel(from_dict(config["model"]))
+        return from_dict(config["model"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} does not describe a model: {error}.") from error
-    path = folder / (BEST if best else WEIGHTS)
-    load_weights(model, path)
-    tokenizer = load_tokenizer(str(folder / TOKENIZER))
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"The tokenizer in {folder} has {tokenizer.vocab_size} tokens, but the model "
-            f"{model.config.vocab_size}: put back the {TOKENIZER} that it was trained with."
-        )
-    return Checkpoint(model.eval(), tokenizer, config)
 
 
-def load_weights(model: LanguageModel, path: Path) -> None:
-    """Reads weights into a model.
+def read_weights(folder: Path, shape: ModelConfig, *, best: bool = False) -> dict[str, Tensor]:
+    """A run's weights, in the dtype that they were written in.
 
     Raises:
         ValueError: if the file is missing, damaged, or another model's.
     """
+    path = folder / (BEST if best else WEIGHTS)
     if not path.is_file():
         raise ValueError(f"There is no {path}: the run has not saved any weights yet.")
     try:
@@ -190,7 +209,32 @@ def load_weights(model: LanguageModel, path: Path) -> None:
         raise ValueError(
             f"{path} cannot be read as safetensors ({error}): it is damaged or incomplete."
         ) from error
-    fill(model, weights, str(path))
+    with torch.device("meta"):
+        _check_fit(LanguageModel(shape).state_dict(), weights, str(path))
+    return weights
+
+
+def read_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokenizer:
+    """The tokenizer in a folder; an imported model may have more tokens, as padding.
+
+    Raises:
+        ValueError: if it is missing, damaged, or another model's.
+    """
+    imported = IMPORTED in config["train"]
+    if imported and not (folder / TOKENIZER).is_file():
+        raise ValueError(f"{folder} has no tokenizer: {HOW_TO_ADD_A_TOKENIZER}.")
+    tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    if tokenizer.vocab_size > vocab_size or (tokenizer.vocab_size < vocab_size and not imported):
+        raise ValueError(
+            f"The tokenizer in {folder} has {tokenizer.vocab_size} tokens, but the model "
+            f"{vocab_size}: put back the {TOKENIZER} that it was trained with."
+        )
+    return tokenizer
+
+
+def is_imported(folder: Path) -> bool:
+    """Whether the folder holds an official checkpoint, which has no training to go on with."""
+    return (folder / CONFIG).exists() and IMPORTED in read_config(folder)["train"]
 
 
 def fill(model: LanguageModel, weights: Mapping[str, Tensor], source: str) -> None:
@@ -199,14 +243,17 @@ def fill(model: LanguageModel, weights: Mapping[str, Tensor], source: str) -> No
     Raises:
         ValueError: if they are another model's; it begins with `source`.
     """
-    own = model.state_dict()
+    _check_fit(model.state_dict(), weights, source)
+    model.load_state_dict(weights)
+
+
+def _check_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:
     wrong = sorted(set(own) ^ set(weights))
     wrong += [n for n in own if n in weights and own[n].shape != weights[n].shape]
     if wrong:
         raise ValueError(
             f"{source} does not fit {CONFIG} and {TOKENIZER}: {', '.join(wrong[:3])} differ."
         )
-    model.load_state_dict(weights)
 
 
 def holds_run(folder: Path) -> bool:
@@ -227,7 +274,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise ValueError(
-            f"Another process is writing to {folder}: wait for it, or choose another --out."
+            f"Another process is writing to {folder}: wait for it, or choose another place."
         ) from error
     except OSError as error:
         raise ValueError(_cannot_write(folder, error)) from error
@@ -287,4 +334,4 @@ def _flush(path: Path) -> None:
 
 def _cannot_write(path: Path, error: Exception) -> str:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return f"{path} cannot be written ({reason}): make room or choose another --out."
+    return f"{path} cannot be written ({reason}): make room or choose another place."

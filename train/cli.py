@@ -48,6 +48,18 @@ COMMANDS = {
     "compare": Command(
         "train several mixers alike and report on them", "train.compare", "CompareConfig", "compare"
     ),
+    "convert": Command(
+        "import an official RWKV checkpoint, or export a run as one",
+        "train.convert",
+        "ConvertConfig",
+        "convert",
+    ),
+    "verify": Command(
+        "check every form of every mixer against its definition",
+        "train.verify.command",
+        "VerifyConfig",
+        "verify_command",
+    ),
     "info": Command(
         "the machine and the mixers, or one checkpoint", "train.info", "InfoConfig", "info"
     ),
@@ -144,7 +156,7 @@ def _usage() -> str:
         [
             "usage: ebb COMMAND [OPTIONS]",
             "",
-            "Language models without softmax: train, generate, compare.",
+            "Language models without softmax: train, prove, generate, compare.",
             "",
             *lines,
             "",

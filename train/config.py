@@ -112,10 +112,13 @@ class TrainConfig:
         return CHECKPOINTS / f"{self.mixer.replace(':', '-')}-{self.size}-{_stem(self.data)}"
 
     def saved(self) -> dict[str, Any] | None:
-        """The settings that the run in the folder was made with; None if there is no run."""
-        from train.checkpoint import CONFIG, read_config  # loads torch, which --help can do without
+        """The settings that the run in the folder was made with; None if none was made there."""
+        from train import checkpoint as files  # loads torch, which --help can do without
 
-        return read_config(self.folder)["train"] if (self.folder / CONFIG).exists() else None
+        if not (self.folder / files.CONFIG).exists() or files.is_imported(self.folder):
+            return None
+        settings: dict[str, Any] = files.read_config(self.folder)["train"]
+        return settings
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; without what does not belong to the run itself."""

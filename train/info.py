@@ -25,7 +25,7 @@ from model.layers.attention import AttentionOptions
 from model.ops import FORMS, OPS
 from model.ops.scores import SCORES
 from model.presets import preset
-from train.checkpoint import load_checkpoint
+from train.checkpoint import TOKENIZER, load_model, read_tokenizer
 from train.half_lives import TOKENS, half_lives
 from train.readable import readable_bytes, three_digits
 
@@ -109,8 +109,7 @@ def machine_info() -> dict[str, Any]:
 
 def checkpoint_info(folder: Path) -> dict[str, Any]:
     """Configuration, parameters, state and half-lives of a checkpoint."""
-    checkpoint = load_checkpoint(folder)
-    model = checkpoint.model
+    model, settings = load_model(folder)
     parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         names = name.split(".")
@@ -118,12 +117,15 @@ def checkpoint_info(folder: Path) -> dict[str, Any]:
         parts[part] = parts.get(part, 0) + parameter.numel()
     config = model.config.to_dict()
     options = config.pop("options")
-    text = "".join(itertools.islice(load_corpus("sotu").validation, 1))
-    ids = checkpoint.tokenizer.encode(text[: 8 * TOKENS])[:TOKENS]
-    lives = half_lives(model, torch.tensor([ids]))
+    lives: list[dict[str, float]] = []
+    if (folder / TOKENIZER).exists():  # an imported model may have none
+        text = "".join(itertools.islice(load_corpus("sotu").validation, 1))
+        tokenizer = read_tokenizer(folder, settings, model.config.vocab_size)
+        ids = tokenizer.encode(text[: 8 * TOKENS])[:TOKENS]
+        lives = half_lives(model, torch.tensor([ids]))
     report = {
         "model": {**config, **options, "fingerprint": model.fingerprint()},
-        "training": checkpoint.config["train"],
+        "training": settings["train"],
         "parameters": {**parts, "all": model.num_parameters()},
         "state, batch 1": _model_state(model),
     }

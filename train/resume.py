@@ -46,6 +46,11 @@ def claim_folder(config: TrainConfig, display: Display) -> files.Snapshot | None
     folder = config.folder
     if not files.holds_run(folder):
         return None
+    if files.is_imported(folder):
+        raise ValueError(
+            f"{folder} holds an imported checkpoint, which has no state of training to go on from: "
+            "choose another --out."
+        )
     if not config.resume:
         raise ValueError(
             f"{folder} already holds a run: add --resume to go on with it, or choose another --out."

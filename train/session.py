@@ -101,7 +101,7 @@ class Session:
         self._generator = torch.Generator().manual_seed(seed or 0)
         self._state: ModelState = self.model.initial_state(1)
         self._logits: Tensor | None = None
-        self._seen = torch.zeros(1, self.tokenizer.vocab_size, dtype=torch.bool)
+        self._seen = torch.zeros(1, self.model.config.vocab_size, dtype=torch.bool)
         self._tail: list[int] = []
         if state is not None:
             self._load(state, own_draws=seed is not None)
@@ -167,6 +167,7 @@ class Session:
             generators=[self._generator],
             seen=self._seen,
             stop_ids=(self.tokenizer.end_id,),
+            vocab_size=self.tokenizer.vocab_size,
             weights=self._weights,
         )
         written: list[int] = []

@@ -23,6 +23,10 @@ removes of their products stays below exp(40), far from overflow."""
 _WEAK = 1.0
 """Strongest log-decay of a step whose gradient survives as the difference of two rounded terms."""
 
+_MODERATE = 2.0
+"""The same for blocks. Above it a block is two tokens, which meet undecayed: in longer ones the
+rounding of what a step does not decay would be more than that step's gradient."""
+
 
 def state_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of states, decays and sums: that of the inputs, at least float32."""
@@ -95,6 +99,8 @@ class Chunks:
         length = min(chunk_size, time)
         strongest = 0.0 if log_decay is None else -float(log_decay.detach().amin())
         longest_block = _MAX_SPAN / strongest if strongest > 0 else math.inf
+        if strongest > _MODERATE:
+            longest_block = min(longest_block, 2.0)  # two tokens meet with a weight of exactly 1
         self.levels = math.ceil(math.log2(max(length / max(longest_block, 1.0), 1.0)))
         self.block = math.ceil(length / 2**self.levels)
         self.length = self.block * 2**self.levels
@@ -153,22 +159,19 @@ class Decay:
 
     def __init__(self, log_decay: Tensor | None, chunks: Chunks, dtype: torch.dtype) -> None:
         self.chunks = chunks
-        self._sum = self._inclusive = self._exclusive = self._inverse = self._to_end = None
+        self._step = self._inclusive = self._exclusive = self._inverse = self._to_end = None
         if log_decay is None:
             return
         g = (log_decay if log_decay.dim() == 4 else log_decay[..., None]).double()
-        self._sum = chunks.cut(g.clamp(min=LOG_ZERO)).cumsum(dim=-2)
-        faded = self._sum.exp()
+        self._step = chunks.cut(g.clamp(min=LOG_ZERO))
+        faded = self._step.cumsum(dim=-2).exp()
         self._inclusive = faded.to(dtype)
         self._exclusive = F.pad(faded[..., :-1, :], (0, 0, 1, 0), value=1.0).to(dtype)
         if chunks.is_weak:
             self._inverse = faded.reciprocal().to(dtype)
             self._to_end = self._inverse * self._inclusive[..., -1:, :]
         else:
-            # The last one is a constant 1, not exp of a difference: the gradients of its two terms
-            # would cancel but for rounding, which is more than a strong decay's own gradient.
-            after = self._sum[..., -1:, :] - self._sum[..., :-1, :]
-            self._to_end = F.pad(after.exp(), (0, 0, 0, 1), value=1.0).to(dtype)
+            self._to_end = (-_sum_from(self._step, chunks.length)).exp().to(dtype)
 
     def reader(self, x: Tensor, *, after_write: bool) -> Reader:
         """A reader `x [B, H, N, C, K]` of the state after or before each token's write."""
@@ -223,9 +226,8 @@ class Decay:
         at most 1, and so on upwards: GLA's sub-chunks (arXiv 2312.06635, section 4.3) at every
         level.
         """
-        inclusive = self._sum
-        assert inclusive is not None
-        exclusive = F.pad(inclusive[..., :-1, :], (0, 0, 1, 0))
+        steps = self._step
+        assert steps is not None
 
         def part(x: Tensor, size: int, which: slice) -> Tensor:
             """`[B, H, N, P, c, K]`: the same rows of each stretch of `size`."""
@@ -233,16 +235,16 @@ class Decay:
 
         def products(size: int, row: slice, column: slice, origin: int) -> Tensor:
             """`[R, M, B, H, N, P, i, j]`: some rows times some columns of each stretch."""
-            start = part(exclusive, size, slice(origin, origin + 1))
+            inclusive = _sum_from(part(steps, size, slice(None)), origin)
+            exclusive = F.pad(inclusive[..., :-1, :], (0, 0, 1, 0))  # the first row meets nothing
             left = [
                 _decayed(
                     part(reader.x, size, row),
-                    part(inclusive if reader.after_write else exclusive, size, row) - start,
+                    (inclusive if reader.after_write else exclusive)[..., row, :],
                 )
                 for reader in readers
             ]
-            since = start - part(inclusive, size, column)
-            right = [_decayed(part(x, size, column), since) for x in columns]
+            right = [_decayed(part(x, size, column), -inclusive[..., column, :]) for x in columns]
             return rearrange(
                 torch.cat(left, dim=-2) @ torch.cat(right, dim=-2).mT,
                 "b h n p (r i) (m j) -> r m b h n p i j",
@@ -263,6 +265,17 @@ class Decay:
             result = torch.cat([upper, torch.cat([crossing, lower], dim=-1)], dim=-2)
             size *= 2
         return result.squeeze(-3)
+
+
+def _sum_from(steps: Tensor, origin: int) -> Tensor:
+    """`[..., C, K]`: the decay from just before row `origin` until after each row.
+
+    Positive for earlier rows, and a constant 0 for the last of these. Summed outwards from there,
+    not the difference of two sums from the start: a step's gradient is gathered from what it
+    decays and nothing else, so that nothing cancels that is larger than a strong decay's gradient.
+    """
+    before = F.pad(steps[..., 1:origin, :], (0, 0, 0, 1)).flip(-2).cumsum(dim=-2).flip(-2)
+    return torch.cat([-before, steps[..., origin:, :].cumsum(dim=-2)], dim=-2)
 
 
 def _decayed(x: Tensor, exponent: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 from runs import TINY, ebb, write_text
 
 from model.config import SIZES
+from model.layers import MIXERS
 from model.presets import parse_mixer
 from train.cli import COMMANDS
 
@@ -50,20 +51,47 @@ def test_every_command_and_mixer_that_it_shows_exists():
             parse_mixer(name)
 
 
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def run(block: str, folder: Path) -> dict[str, object]:
+    script = folder / "snippet.py"
+    script.write_text(block, encoding="utf-8")
+    return runpy.run_path(str(script))
+
+
 def test_its_python_runs_from_beginning_to_end(tmp_path, monkeypatch, capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    block, _ = python_blocks()
     (folder,) = re.findall(r'Path\("([^"]+)"\)', block)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text = write_text(tmp_path / "text.txt")
     assert ebb("train", "--data", text, *TINY, "--steps", "2", "--out", folder) == 0
     capsys.readouterr()
-    script = tmp_path / "snippet.py"
-    script.write_text(block, encoding="utf-8")
-    runpy.run_path(str(script))
+    run(block, tmp_path)
     said = capsys.readouterr().out
     assert "The state of" in said
     assert len(said.splitlines()) >= 4
+
+
+def test_its_mixer_is_proven_trained_and_compared(tmp_path, monkeypatch, capsys):
+    """One file and one row: the commands know it like any other."""
+    _, block = python_blocks()
+    assert len([line for line in block.splitlines() if line.strip()]) <= 40
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = dict(MIXERS)
+    try:
+        run(block, tmp_path)
+        assert capsys.readouterr().out == "proven\n"
+        text = write_text(tmp_path / "text.txt")
+        flags = ["--data", text, *TINY, "--mixer", "leaky", "--steps", "2"]
+        assert ebb("train", *flags, "--out", tmp_path / "run") == 0
+        assert ebb("generate", tmp_path / "run", "--prompt", "the", "--tokens", "5") == 0
+        assert ebb("info", tmp_path / "run") == 0
+    finally:
+        MIXERS.clear()
+        MIXERS.update(before)
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", README))

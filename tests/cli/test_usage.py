@@ -27,7 +27,7 @@ def test_help_names_every_flag(name, capsys):
     assert text.startswith(f"usage: ebb {name}")
     config = getattr(importlib.import_module(command.module), command.config)
     for field in dataclasses.fields(config):
-        if field.name != "checkpoint":
+        if field.name not in ("checkpoint", "source", "target"):
             assert f"--{field.name.replace('_', '-')} " in text.replace(",", " ")
 
 
@@ -37,6 +37,7 @@ def test_flags_that_people_rely_on(capsys):
         "generate": "prompt tokens seed temperature",
         "compare": "mixers size data budget seeds out",
         "eval": "data json",
+        "convert": "tokenizer group-norm-eps",
         "info": "json",
     }
     for name, flags in relied_on.items():
@@ -44,6 +45,7 @@ def test_flags_that_people_rely_on(capsys):
         text = plain(capsys.readouterr().out)
         assert all(f"--{flag}" in text for flag in flags.split())
         assert ("CHECKPOINT" in text) == (name in ("eval", "generate", "info"))
+        assert (" SRC DST " in text) == (name == "convert")
 
 
 def test_overview(capsys):

@@ -272,6 +272,21 @@ def test_a_stopped_iteration_goes_on():
     assert text == whole
 
 
+def test_ids_that_stand_for_nothing_are_not_drawn():
+    """An official model has more tokens than its tokenizer."""
+    model = random_model(small_config("rwkv7"))
+    with torch.no_grad():
+        model.head.weight[5:] *= 100
+    for sampling in (GREEDY, Sampling(temperature=50.0), BOLD):
+        drawn = [*generate(model, [[1, 20], [7]], max_tokens=40, sampling=sampling, vocab_size=5)]
+        assert {token for row in drawn for token in row} <= set(range(5))
+    everything = [*generate(model, [[1]], max_tokens=40, sampling=GREEDY)]
+    assert [*generate(model, [[1]], max_tokens=40, sampling=GREEDY, vocab_size=VOCAB)] == everything
+    for wrong in (0, VOCAB + 1):
+        with pytest.raises(ValueError, match=f"vocab_size must be between 1 and {VOCAB}, but is"):
+            generate(model, [[1]], max_tokens=1, vocab_size=wrong)
+
+
 def test_generate_refuses_what_it_cannot_go_on_from():
     model = random_model(small_config("rwkv6"))
     for prompts in ([], [[1], []]):

@@ -4,7 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import CASES, Case, assert_close, check_form, make_inputs, run, variants
+from helpers import (
+    CASES,
+    DECAYS,
+    Case,
+    assert_close,
+    check_form,
+    has_heads,
+    make_inputs,
+    run,
+    variants,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,8 +35,6 @@ LONG_CASES = (
 )
 SCORE_TIMES = {1: 2, 17: 2, 63: 1}
 """Of the cases with another score than softmax."""
-RESOLVED_DECAYS = ("zero", "weak", "infinite", "wiped", "beyond")
-"""Those that no draw makes so strong that float64 cannot resolve 1e-9 of their gradient."""
 UNIT_CHUNKS_UNTIL = 17
 RECURRENT_AGAIN_UNTIL = 65
 
@@ -40,8 +48,14 @@ def times(name, case):
     return TIMES | LONG_TIMES if name in LONG_CASES else TIMES
 
 
+def shaped(op, case, time, heads):
+    """The case at that length. The parallel form of channels holds all pairs for each of them."""
+    narrow = {} if has_heads(op) else {"key_dim": 4 * heads}
+    return replace(case, time=time, heads=heads, **narrow)
+
+
 ROWS = [
-    pytest.param(op, replace(case, time=time, heads=heads), id=f"{op}-{name}-{time}")
+    pytest.param(op, shaped(op, case, time, heads), id=f"{op}-{name}-{time}")
     for op in OPS
     for name, case in CASES.items()
     for time, heads in times(name, case).items()
@@ -78,7 +92,7 @@ def cases(draw, op):
     There is always something to decay: where a gradient is all zeros, nothing is relative to it.
     """
     normalize, reset = draw(st.booleans()), draw(st.booleans())
-    decay = draw(st.sampled_from((None, *RESOLVED_DECAYS)))
+    decay = draw(st.sampled_from((None, *DECAYS)))
     case = Case(
         decay=decay,
         per_channel=draw(st.booleans()),

@@ -202,7 +202,7 @@ def test_a_wrong_value_is_caught(op, form, bug, dtype):
     name, plant, _ = VALUE_BUGS[bug]
     function = OPS[op].form(form)
     check_form(function, op, CASES[name], dtype)
-    with pytest.raises(AssertionError, match=r"off by|not torch"):
+    with pytest.raises(AssertionError, match="off by|, not "):
         check_form(plant(function), op, CASES[name], dtype)
 
 

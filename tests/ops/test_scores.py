@@ -274,7 +274,7 @@ def test_the_chunked_form_makes_blocks_of_rows():
         return scores
 
     inputs = make_inputs("attention", Case(state=True, time=37))
-    score = Score(record, None, normalizes=False)
+    score = Score(record, "recorded", None, normalizes=False)
     chunked_attention(**inputs, score=score, chunk_size=16)
     assert shapes == [
         ((2, 2, rows, seen), (2, 1, rows, seen)) for rows, seen in ((16, 21), (16, 37), (5, 42))

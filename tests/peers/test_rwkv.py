@@ -1,26 +1,48 @@
-"""RWKV-6 and RWKV-7 agree with the `rwkv` package, which is written by RWKV's authors.
+"""RWKV-4, 5.2, 6 and 7 agree with the `rwkv` package, which is written by RWKV's authors.
 
-It reads its environment when it is imported and chooses its class by it: one process a version.
-The state of its RWKV-7 is `[V, K]`, ours is `[K, V]`; in its RWKV-6 it is `[K, V]` too.
+Through real files: `ebb convert` writes the checkpoint that the package reads, and what is compared
+is the model that `ebb convert` makes of that file.
+
+The package reads its environment when it is imported and chooses its class by it: one process a
+version. The state of its RWKV-7 is `[V, K]`, ours is `[K, V]`; in its RWKV-5 and 6 it is `[K, V]`.
 """
 
 import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from model_helpers import assert_close, random_model, random_tokens
+from runs import ebb
 
 from model.config import ModelConfig
 from model.language_model import LanguageModel
+from model.layers.rwkv6 import RWKV6Options
+from model.layers.rwkv7 import RWKV7Options
+from train import checkpoint
 
 VOCAB = 300
-PREFILL, STEPS = 120, 8
-SHAPES = [(1, 64), (2, 128), (3, 192)]
-"""Layers and width, at RWKV's head size of 64."""
+PREFILL, STEPS = 200, 8
+
+
+class Shape(NamedTuple):
+    layers: int
+    width: int
+    head_dim: int
+    ffn_dim: int | None = None
+    """None for the official multiple."""
+
+
+SHAPES = [Shape(1, 64, 64), Shape(2, 128, 64, 200), Shape(3, 96, 32, 96), Shape(2, 80, 16)]
+MIDDLE = SHAPES[1]
+OPTIONS = {
+    "rwkv6": RWKV6Options(shift_rank=8, decay_rank=12),
+    "rwkv7": RWKV7Options(decay_rank=8, iclr_rank=12, value_rank=20, gate_rank=24),
+}
+"""Other ranks than the official ones, which the first shape has."""
 
 WORKER = """
 import sys
@@ -47,107 +69,42 @@ for weights in sorted(folder.glob("*.pth")):
     torch.save(found, weights.with_suffix(".found"))
 """
 
-RWKV7_ATTENTION = {
-    "w0": "decay.bias",
-    "w1": "decay.down",
-    "w2": "decay.up",
-    "a0": "iclr.bias",
-    "a1": "iclr.down",
-    "a2": "iclr.up",
-    "v0": "value_residual.bias",
-    "v1": "value_residual.down",
-    "v2": "value_residual.up",
-    "g1": "gate.down",
-    "g2": "gate.up",
-    "k_k": "removal_scale",
-    "k_a": "iclr_scale",
-    "r_k": "bonus",
-}
-RWKV6_ATTENTION = {
-    "time_maa_x": "mix_base",
-    "time_maa_w1": "mix_down",
-    "time_maa_w2": "mix_up",
-    "time_decay": "decay.bias",
-    "time_decay_w1": "decay.down",
-    "time_decay_w2": "decay.up",
-    "time_faaaa": "bonus",
-    "gate.weight": "gate.weight",
-}
-COMMON_ATTENTION = {
-    **{f"{name}.weight": f"{name}.weight" for name in ("receptance", "key", "value", "output")},
-    "ln_x.weight": "head_norm.weight",
-    "ln_x.bias": "head_norm.bias",
-}
-ATTENTION = {"rwkv6": RWKV6_ATTENTION, "rwkv7": RWKV7_ATTENTION}
-MIX_ROWS = {"rwkv6": ("time_maa_", "wkvrg"), "rwkv7": ("x_", "rwkvag")}
-CHANNEL_MIX = {
-    "rwkv6": {
-        "time_maa_k": "mix_key",
-        "time_maa_r": "mix_receptance",
-        "key.weight": "key.weight",
-        "value.weight": "value.weight",
-        "receptance.weight": "receptance.weight",
-    },
-    "rwkv7": {"x_k": "mix_key", "key.weight": "key.weight", "value.weight": "value.weight"},
-}
+
+def run_of(folder, mixer, index, shape):
+    """The folder of a run with a random model."""
+    config = ModelConfig(
+        mixer=mixer,
+        vocab_size=VOCAB,
+        num_layers=shape.layers,
+        d_model=shape.width,
+        head_dim=shape.head_dim,
+        ffn_dim=shape.ffn_dim,
+        options=OPTIONS.get(mixer) if index else None,
+    )
+    model = random_model(config, seed=index, dtype=torch.float32)
+    if mixer != "rwkv4":
+        with torch.no_grad():  # quiet enough that the eps of the norm after it shows
+            for block in model.blocks:
+                block.time_mix.receptance.weight.mul_(0.05)
+    folder.mkdir()
+    checkpoint.save_json(folder / "config.json", {"model": model.config.to_dict(), "train": {}})
+    checkpoint.save_weights(folder / "model.safetensors", model.state_dict())
+    return folder
 
 
-def official_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
-    """Our weights under the names and in the shapes of an official checkpoint; none is left out."""
-    mixer, ours = model.config.mixer, dict(model.state_dict())
-    names = {"emb.weight": "embedding.weight", "head.weight": "head.weight"}
-    for kind in ("weight", "bias"):
-        names |= {
-            f"blocks.0.ln0.{kind}": f"embedding_norm.{kind}",
-            f"ln_out.{kind}": f"norm.{kind}",
-        }
-    for layer in range(model.config.num_layers):
-        block = f"blocks.{layer}"
-        for kind in ("weight", "bias"):
-            names[f"{block}.ln1.{kind}"] = f"{block}.time_norm.{kind}"
-            names[f"{block}.ln2.{kind}"] = f"{block}.channel_norm.{kind}"
-        for official, own in {**COMMON_ATTENTION, **ATTENTION[mixer]}.items():
-            if not (layer == 0 and own.startswith("value_residual")):
-                names[f"{block}.att.{official}"] = f"{block}.time_mix.{own}"
-        for official, own in CHANNEL_MIX[mixer].items():
-            names[f"{block}.ffn.{official}"] = f"{block}.channel_mix.{own}"
-    official = {name: ours.pop(own) for name, own in names.items()}
-    prefix, order = MIX_ROWS[mixer]
-    for layer in range(model.config.num_layers):
-        rows = ours.pop(f"blocks.{layer}.time_mix.mix")
-        for letter, row in zip(order, rows, strict=True):
-            official[f"blocks.{layer}.att.{prefix}{letter}"] = row.clone()
-    assert not ours, f"left out: {sorted(ours)}"
-    if mixer == "rwkv7":  # the first layer carries them and nothing uses them
-        for name in ("v0", "v1", "v2"):
-            official[f"blocks.0.att.{name}"] = torch.full((1,), torch.nan)
-    return {
-        name: x.view(1, 1, -1) if x.dim() == 1 and ".ln" not in name and "ln_" not in name else x
-        for name, x in official.items()
-    }
-
-
-@pytest.fixture(scope="module", params=["rwkv6", "rwkv7"])
+@pytest.fixture(scope="module", params=["rwkv4", "rwkv5", "rwkv6", "rwkv7"])
 def pairs(request, tmp_path_factory):
     """For every shape, our model, the tokens, and what the package made of them."""
     mixer, folder = request.param, tmp_path_factory.mktemp(request.param)
     models = {}
-    for index, (layers, width) in enumerate(SHAPES):
-        config = ModelConfig(
-            mixer=mixer,
-            vocab_size=VOCAB,
-            num_layers=layers,
-            d_model=width,
-            head_dim=64,
-        )
-        model = random_model(config, seed=index, dtype=torch.float32)
-        with torch.no_grad():  # quiet enough that the eps of the norm after it shows
-            for block in model.blocks:
-                block.time_mix.receptance.weight.mul_(0.05)
+    for index, shape in enumerate(SHAPES):
+        run = run_of(folder / f"run {index}", mixer, index, shape)
+        weights, back = folder / f"{index}.pth", folder / f"back {index}"
+        assert ebb("convert", run, weights) == 0
+        assert ebb("convert", weights, back) == 0
         tokens = random_tokens(1, PREFILL + STEPS, seed=index, vocab=VOCAB)
-        torch.save(official_weights(model), folder / f"{index}.pth")
         torch.save(tokens[0], folder / f"{index}.tokens")
-        models[layers, width] = model, tokens
+        models[shape] = checkpoint.load_model(back)[0], tokens
     environment = {
         **os.environ,
         "RWKV_V7_ON": "1" if mixer == "rwkv7" else "0",
@@ -165,23 +122,28 @@ def pairs(request, tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     return {
-        shape: (*models[shape], torch.load(Path(folder) / f"{index}.found"))
+        shape: (*models[shape], torch.load(folder / f"{index}.found"))
         for index, shape in enumerate(SHAPES)
     }
 
 
 def expect_state(model, state, parts):
-    """Three tensors a layer: the token before in the time mix, the matrix, that in channel mix."""
+    """What each layer has in both: the token before in time and channel mix, and its memory."""
+    mixer = model.config.mixer
+    parts_a_layer = 5 if mixer == "rwkv4" else 3
+    assert len(parts) == parts_a_layer * len(state)
     for layer, block in enumerate(state):
-        time, matrix, channel = parts[3 * layer : 3 * layer + 3]
-        if model.config.mixer == "rwkv7":
-            matrix = matrix.transpose(-1, -2)
-        assert_close(block.time.shift[0], time, 1e-4)
-        assert_close(block.time.matrix[0], matrix, 1e-4)
-        assert_close(block.channel.shift[0], channel, 1e-4)
+        time, *memory, channel = parts[parts_a_layer * layer :][:parts_a_layer]
+        own = block.time.mean if mixer == "rwkv4" else [block.time.matrix]
+        if mixer == "rwkv7":
+            memory = [memory[0].transpose(-1, -2)]
+        for found, expected in zip(
+            [block.time.shift, *own, block.channel.shift], [time, *memory, channel], strict=True
+        ):
+            assert_close(found[0], expected, 1e-5)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("form", ["parallel", "chunked", "recurrent"])
 @torch.no_grad()
 def test_logits_and_state_agree(pairs, shape, form):
@@ -198,8 +160,10 @@ def test_logits_and_state_agree(pairs, shape, form):
 @torch.no_grad()
 def test_the_comparison_would_see_every_weight(pairs):
     """No parameter's part in the logits is so small that an error in it would go unseen."""
-    model, tokens, found = pairs[2, 128]
+    model, tokens, found = pairs[MIDDLE]
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # what RWKV-7's first layer carries and nothing uses
+            continue
         kept = parameter.clone()
         parameter.add_(0.05 * torch.randn_like(parameter))
         logits = model(tokens).logits[0]
@@ -210,7 +174,10 @@ def test_the_comparison_would_see_every_weight(pairs):
 @torch.no_grad()
 def test_the_comparison_would_see_another_eps(pairs):
     """It is in no checkpoint, so only agreement with the official code can tell."""
-    model, tokens, found = pairs[2, 128]
+    model, tokens, found = pairs[MIDDLE]
+    if model.config.mixer == "rwkv4":
+        assert not dataclasses.fields(model.config.options)
+        return
     options = dataclasses.replace(model.config.options, group_norm_eps=1e-5)
     other = LanguageModel(dataclasses.replace(model.config, options=options))
     other.load_state_dict(model.state_dict())

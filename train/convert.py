@@ -1,0 +1,274 @@
+"""`ebb convert`: official RWKV checkpoints into the folder of a run, and back."""
+
+import pickle
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data.tokenizers import Tokenizer, load_tokenizer
+from model.config import ModelConfig
+from model.pretrained import find_version, from_official, to_official
+from model.pretrained.tables import VERSIONS
+from train import checkpoint as files
+from train.readable import listed
+
+PICKLED = (".pth", ".pt", ".bin")
+SAFETENSORS = ".safetensors"
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Import an official RWKV checkpoint, or export a run as one; every weight keeps its bits.
+
+    From a file (.pth, .pt, .bin or .safetensors) of RWKV-4, 5.2, 6 or 7 to the folder of a run,
+    which generate, eval and info read like any other; the version is found from the names in it.
+    From the folder of a run to a file (.pth or .safetensors) in the official naming.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """An official checkpoint, or the folder of a run."""
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """The folder to make, or the file to write; it must not exist."""
+    tokenizer: str | None = None
+    """Of the imported model, as in `ebb train`; without one the folder can be looked at, but
+    neither write nor be evaluated until a tokenizer.json is put into it."""
+    group_norm_eps: float | None = None
+    """Of the norm over the heads, which is in no checkpoint; the official code's 64e-5 if not
+    given."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be done.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        eps = self.group_norm_eps
+        if eps is not None and not 0 < eps < float("inf"):
+            raise ValueError(f"group-norm-eps must be above 0, but is {eps}")
+
+
+def convert(config: ConvertConfig) -> None:
+    """Runs `ebb convert`.
+
+    Raises:
+        ValueError: for a source that cannot be converted, or a target that is there already.
+    """
+    source, target = config.source, config.target
+    if not source.exists():
+        raise ValueError(f"There is no {source}: name a checkpoint, or the folder of a run.")
+    if target.exists() and not (target.is_dir() and source.is_file() and _is_empty(target)):
+        raise ValueError(f"{target} is there already: remove it, or choose another place.")
+    if source.is_dir():
+        for name in ("tokenizer", "group_norm_eps"):
+            if getattr(config, name) is not None:
+                raise ValueError(
+                    f"{name.replace('_', '-')} has no place in an official checkpoint: leave it out"
+                )
+        sys.stdout.write(export_run(source, target))
+    else:
+        sys.stdout.write(import_checkpoint(config))
+
+
+def import_checkpoint(config: ConvertConfig) -> str:
+    """Makes the folder of a run from an official checkpoint; returns what to say.
+
+    Raises:
+        ValueError: if the file cannot be read, is not RWKV, or does not fit the tokenizer.
+    """
+    source, target = config.source, config.target
+    if target.suffix in (*PICKLED, SAFETENSORS):
+        raise ValueError(
+            f"{target} is the name of a file: a checkpoint is imported into a folder, and exported "
+            "from one."
+        )
+    official = read_weights(source)
+    try:
+        title = VERSIONS[find_version(official)].title
+        model_config, weights = from_official(official, group_norm_eps=config.group_norm_eps)
+    except ValueError as error:
+        raise ValueError(f"{source} cannot be imported: {error}.") from error
+    del official
+    tokenizer = _tokenizer(config.tokenizer, model_config)
+    with _new_folder(target):
+        files.save_weights(target / files.WEIGHTS, _apart(weights))
+        if tokenizer is not None:
+            files.write_atomically(target / files.TOKENIZER, tokenizer.save)
+        files.save_json(  # the last: without it the folder is no run
+            target / files.CONFIG,
+            {
+                "model": model_config.to_dict(),
+                "train": {files.IMPORTED: title, "file": source.name},
+            },
+        )
+    said = f"{target}: {title}, {_described(model_config, weights)}\n"
+    if tokenizer is None:
+        return said + f"It has no tokenizer yet: {files.HOW_TO_ADD_A_TOKENIZER}.\n"
+    return said
+
+
+def export_run(source: Path, target: Path) -> str:
+    """Writes a run as an official checkpoint; returns what to say.
+
+    Raises:
+        ValueError: if the run cannot be read or has no official form, or the file not be written.
+    """
+    if target.suffix not in (".pth", SAFETENSORS):
+        raise ValueError(f"{target} must end in .pth or {SAFETENSORS}: a run becomes a file.")
+    if not target.absolute().parent.is_dir():
+        raise ValueError(f"There is no folder {target.parent} to write {target.name} in.")
+    config = files.read_config(source)
+    model_config = files.model_config(source, config)
+    if model_config.mixer not in VERSIONS:
+        known = listed([version.title for version in VERSIONS.values()])
+        raise ValueError(
+            f"{source} holds a {model_config.mixer} model, which has no official form; "
+            f"{known} have one."
+        )
+    weights = files.read_weights(source, model_config)
+    imported = files.IMPORTED in config["train"]
+    official = _apart(to_official(model_config, weights, complete_first=not imported))
+    if target.suffix == SAFETENSORS:
+        files.save_weights(target, official)
+    else:
+        files.write_atomically(target, lambda beside: _save_pickled(beside, official))
+    title = VERSIONS[model_config.mixer].title
+    return f"{target}: {title}, {_described(model_config, official)}\n"
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, which stay on the disk until they are used where that goes.
+
+    Raises:
+        ValueError: if it is not a checkpoint, is damaged, or holds code; none is ever run.
+    """
+    if path.suffix == SAFETENSORS:
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{path} cannot be read as safetensors ({error}): it is damaged or incomplete."
+            ) from error
+    if path.suffix not in PICKLED:
+        raise ValueError(
+            f"{path} does not look like a checkpoint: give a file whose name ends in "
+            f"{', '.join(PICKLED)} or {SAFETENSORS}."
+        )
+    contents = _unpickle(path)
+    if not isinstance(contents, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in contents.items()
+    ):
+        raise ValueError(
+            f"{path} is not a checkpoint: it holds something other than tensors by their names."
+        )
+    return {name: tensor.detach() for name, tensor in contents.items()}
+
+
+def _unpickle(path: Path) -> Any:
+    """What `torch.save` wrote, read by the unpickler that knows tensors and plain values only."""
+    try:
+        with path.open("rb") as file:
+            is_archive = file.read(4) == b"PK\x03\x04"  # what came before 2020 cannot be mapped
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): check the file.") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about formats and protocols: the result is checked
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except MemoryError:
+        raise
+    except Exception as error:  # what is no pickle fails in every way there is
+        if isinstance(error, pickle.UnpicklingError) and (asked := _asked_for(str(error))):
+            raise ValueError(
+                f"{path} holds more than tensors: it asks to run {asked}, which ebb never does. "
+                "Save its tensors alone, best as safetensors."
+            ) from error
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it is damaged, incomplete or something else."
+        ) from error
+
+
+def _asked_for(message: str) -> str | None:
+    """What a pickle wanted to import, by torch's message that it may not."""
+    found = re.search(r"(?:Unsupported global: GLOBAL|GLOBAL) ([\w.]+)", message)
+    return found[1] if found else None
+
+
+def _tokenizer(spec: str | None, config: ModelConfig) -> Tokenizer | None:
+    """The tokenizer to put beside the weights; the model may have more tokens than it, not fewer.
+
+    Raises:
+        ValueError: if it cannot be read, or does not fit.
+    """
+    if spec is None:
+        return None
+    tokenizer = load_tokenizer(spec)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer {spec} has {tokenizer.vocab_size} tokens, but the model only "
+            f"{config.vocab_size}: give the one that it was trained with."
+        )
+    return tokenizer
+
+
+def _is_empty(folder: Path) -> bool:
+    return all(file.name == ".lock" for file in folder.iterdir())
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """A folder that nobody else writes to; if the work fails, what it made is gone again."""
+    was_there = folder.exists()
+    try:
+        with files.locked(folder):
+            yield
+    except BaseException:
+        if not was_there:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            for name in (files.WEIGHTS, files.TOKENIZER, files.CONFIG):
+                (folder / name).unlink(missing_ok=True)
+        raise
+
+
+def _apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, each in memory of its own: tied weights and parts of others are copied."""
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        storage = tensor.untyped_storage()
+        whole = storage.nbytes() == tensor.numel() * tensor.element_size()
+        own = whole and tensor.is_contiguous() and storage.data_ptr() not in seen
+        apart[name] = tensor if own else tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(apart[name].untyped_storage().data_ptr())
+    return apart
+
+
+def _save_pickled(path: Path, weights: dict[str, Tensor]) -> None:
+    with path.open("wb") as file:  # by its name the archive would be named too
+        try:
+            torch.save(weights, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk, which torch tells its own way
+                raise error.__context__ from None
+            raise
+
+
+def _described(config: ModelConfig, weights: Mapping[str, Tensor]) -> str:
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()})
+    count = sum(tensor.numel() for tensor in weights.values())
+    return (
+        f"{config.num_layers} layers, width {config.d_model}, {config.vocab_size:,} tokens, "
+        f"{count:,} parameters in {listed(dtypes)}"
+    )
