@@ -98,6 +98,21 @@ class RWKV4ChannelMix(ShiftedChannelMix):
         hidden = self.squared_relu(self.interpolate(x, previous, self.mix_key))
         return torch.sigmoid(receptance) * hidden, ShiftState(last)
 
+    def previous_parts(self) -> Tensor:
+        """`[2, D]`: the part of the token before in key and receptance."""
+        return 1 - torch.stack([self.mix_key, self.mix_receptance])
+
+    def describe_step(
+        self, program: Program, x: Vector, state: ShiftState, residual: Vector
+    ) -> None:
+        """`forward` for one token, in two phases."""
+        x_key, x_receptance = program.interpolate(x, state.shift, self.previous_parts())
+        hidden = program.multiply(self.key.weight, x_key, activation="squared_relu")
+        receptance = program.multiply(self.receptance.weight, x_receptance, activation="sigmoid")
+        program.barrier()
+        program.keep(x, state.shift)
+        program.multiply(self.value.weight, hidden, out=residual, add=True, factor=receptance)
+
     def initialize(self, layer: int, num_layers: int) -> None:
         """RWKV-LM, RWKV-v4neo and RWKV-v5, `RWKV_ChannelMix` and `generate_init_weight`."""
         self._initialize(ramps(self.d_model)[0] ** depth(layer, num_layers)[1])
@@ -122,6 +137,10 @@ class RWKV6ChannelMix(RWKV5ChannelMix):
     def interpolate(self, x: Tensor, previous: Tensor, mix: Tensor) -> Tensor:
         """Between the token itself and the one before, `mix` being the latter's part."""
         return torch.lerp(x, previous, mix)
+
+    def previous_parts(self) -> Tensor:
+        """`[2, D]`: the mixes themselves."""
+        return torch.stack([self.mix_key, self.mix_receptance])
 
     def initialize(self, layer: int, num_layers: int) -> None:
         """RWKV-LM, RWKV-v5/src/model.py, `RWKV_CMix_x060` and `generate_init_weight`."""

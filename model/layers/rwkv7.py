@@ -15,7 +15,6 @@ from model.layers.layer import Context
 from model.layers.low_rank import LowRank
 from model.layers.rwkv import RWKVHeads, RWKVOptions, RWKVState
 from model.layers.token_shift import token_shift
-from model.ops.native.packing import ROWS
 from model.ops.native.program import Program, Vector
 
 STRONGEST_DECAY = -math.exp(-0.5)
@@ -135,7 +134,7 @@ class RWKV7(RWKVHeads):
         program.barrier()
 
         program.keep(x, state.shift)
-        by_heads = self.head_dim if self.head_dim % ROWS == 0 else None
+        by_heads = self.by_heads()
         decay, iclr, gate, *rest = (
             low_rank.describe_up(program, h, by_heads)
             for (low_rank, _), h in zip(branches, hidden, strict=True)

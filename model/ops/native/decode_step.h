@@ -302,8 +302,9 @@ INLINE Floats tile_integers(const uint8_t* w, const uint16_t* scales, const Quan
 
 enum Format { FLOAT32, BFLOAT16, INT8, INT4 };
 
-// y = activation(W x + bias), or y += that, on this thread's rows.
-// weights, scales, format, rows, columns, x, y, grain, activation, bias, add, room, size of x
+// y = activation(W x + bias) * factor, or y += that, on this thread's rows.
+// weights, scales, format, rows, columns, x, y, grain, activation, bias, add, room, size of x,
+// has a factor, factor
 static void multiply(const Worker& worker, const int64_t* arg) {
   const uint8_t* weights = (const uint8_t*)arg[0];
   const uint16_t* scales = (const uint16_t*)arg[1];
@@ -329,6 +330,7 @@ static void multiply(const Worker& worker, const int64_t* arg) {
     }
     if (bias) z += load(bias + row);
     z = activate(activation, z);
+    if (arg[13]) z *= load(worker.at(arg[14]) + row, end - row);
     if (arg[10]) z += load(y + row, end - row);
     store(y + row, z, end - row);
   }
@@ -383,13 +385,15 @@ static void normalize(const Worker& worker, const int64_t* arg) {
   }
 }
 
-// y_j = x + (previous - x) mix_j for j < m; mixes and y_j at distance `stride`.
-// x, y, n, slot, mixes, m, stride
+// y_j = x + (previous - x) mix_j for j < m; mixes and y_j at distance `stride`. The mixes are
+// parameters, or where these are null a vector.
+// x, y, n, slot, parameters, m, stride, vector
 static void interpolate(const Worker& worker, const int64_t* arg) {
   const float* x = worker.at(arg[0]);
   float* y = worker.at(arg[1]);
   const int64_t n = arg[2], m = arg[5], stride = arg[6];
-  const float *previous = (const float*)worker.call->in[arg[3]], *mixes = (const float*)arg[4];
+  const float* previous = (const float*)worker.call->in[arg[3]];
+  const float* mixes = arg[4] ? (const float*)arg[4] : worker.at(arg[7]);
   for (int64_t i = 0; i < n; i += LANES) {
     const Floats own = load(x + i, n - i), difference = load(previous + i, n - i) - own;
     for (int64_t j = 0; j < m; ++j)
@@ -401,6 +405,104 @@ static void interpolate(const Worker& worker, const int64_t* arg) {
 static void keep(const Worker& worker, const int64_t* arg) {
   if (worker.thread == 0)
     std::memcpy(worker.call->out[arg[2]], worker.at(arg[0]), arg[1] * sizeof(float));
+}
+
+// The mean of RWKV-4, channel by channel (model/ops/wkv4.py), on this thread's channels.
+// k, v, factor of the result, y, n, slots of numerator, denominator and maximum, log-decay, bonus
+static void wkv4(const Worker& worker, const int64_t* arg) {
+  const float *keys = worker.at(arg[0]), *values = worker.at(arg[1]), *factor = worker.at(arg[2]);
+  float* y = worker.at(arg[3]);
+  const float* in[3];
+  float* out[3];
+  for (int part = 0; part < 3; ++part) {
+    in[part] = (const float*)worker.call->in[arg[5 + part]];
+    out[part] = (float*)worker.call->out[arg[5 + part]];
+  }
+  int64_t begin, end;
+  worker.share(arg[4], LANES, begin, end);
+  for (int64_t i = begin; i < end; i += LANES) {
+    const int64_t left = end - i;
+    const Floats k = load(keys + i, left), v = load(values + i, left);
+    const Floats num = load(in[0] + i, left), den = load(in[1] + i, left);
+    const Floats before = load(in[2] + i, left);
+    const Floats own = k + load((const float*)arg[9] + i);
+    const Floats top = choose(before > own, before, own);
+    const Floats old = exponential(before - top), now = exponential(own - top);
+    const Floats o = (old * num + now * v) / (old * den + now);
+    store(y + i, o * load(factor + i, left), left);
+    const Floats decayed = before + load((const float*)arg[8] + i);
+    const Floats most = choose(decayed > k, decayed, k);
+    const Floats kept = exponential(decayed - most), written = exponential(k - most);
+    store(out[0] + i, kept * num + written * v, left);
+    store(out[1] + i, kept * den + written, left);
+    store(out[2] + i, most, left);
+  }
+}
+
+// o = r^T S + own v, then S' = diag(w) S + k v^T, for one head; S is [n][n].
+template <int fixed>
+INLINE void additive_step(int64_t size, const float* S, float* next, const float* w, const float* k,
+                          const float* v, const float* r, float own, float* o) {
+  const int64_t n = fixed ? fixed : size;
+  constexpr int WIDE = fixed ? 4 : 1;  // registers of a row that are worked on together
+  for (int64_t j = 0; j < n; j += WIDE * LANES) {
+    Floats value[WIDE], read[WIDE];
+    for (int c = 0; c < WIDE; ++c) {
+      value[c] = load(v + j + c * LANES);
+      read[c] = value[c] * own;
+    }
+    for (int64_t i = 0; i < n; ++i)
+      for (int c = 0; c < WIDE; ++c) {
+        const int64_t place = i * n + j + c * LANES;
+        const Floats x = load(S + place, n - j);
+        read[c] += x * r[i];
+        store(next + place, x * w[i] + value[c] * k[i], n - j);
+      }
+    for (int c = 0; c < WIDE; ++c) store(o + j + c * LANES, read[c]);
+  }
+}
+
+// y = (norm(o) * weight + bias + own v) * gate for one head.
+INLINE void normed_and_gated(int64_t n, const float* o, const float* weight, const float* bias,
+                             float eps, float own, const float* v, const float* gate, float* y) {
+  const float mean = mean_of(o, n), scale = 1.0f / std::sqrt(variance_of(o, mean, n) + eps);
+  for (int64_t i = 0; i < n; i += LANES) {
+    const int64_t left = n - i;
+    const Floats normed = (load(o + i) - mean) * scale * load(weight + i, left);
+    const Floats z = normed + load(bias + i, left) + load(v + i) * own;
+    store(y + i, z * load(gate + i, left), left);
+  }
+}
+
+// RWKV-5 and 6 between their matrices (model/layers/rwkv5.py), on this thread's heads.
+// r, k, v, gate, y, heads, n, slot, decay as parameters or null, decay as a vector, bonus,
+// norm weight, norm bias, eps
+template <int fixed>
+INLINE void rwkv5_heads(const Worker& worker, const int64_t* arg) {
+  const int64_t n = fixed ? fixed : arg[6];
+  int64_t begin, end;
+  worker.share(arg[5], 1, begin, end);
+  for (int64_t head = begin; head < end; ++head) {
+    const int64_t at = head * n, matrix = head * n * n;
+    const float *r = worker.at(arg[0]) + at, *keys = worker.at(arg[1]) + at;
+    const float* values = worker.at(arg[2]) + at;
+    const float* decays = (arg[8] ? (const float*)arg[8] : worker.at(arg[9])) + at;
+    const float* bonus = (const float*)arg[10] + at;
+    alignas(64) float w[MAX_HEAD], k[MAX_HEAD], v[MAX_HEAD], o[MAX_HEAD];
+    Floats own = {};
+    for (int64_t i = 0; i < n; i += LANES) {
+      const int64_t left = n - i;
+      const Floats key = load(keys + i, left);
+      own += load(r + i, left) * key * load(bonus + i, left);
+      store(w + i, exponential(-exponential(load(decays + i, left))));
+      store(k + i, key);
+      store(v + i, load(values + i, left));
+    }
+    additive_step<fixed>(n, (const float*)worker.call->in[arg[7]] + matrix,
+                         (float*)worker.call->out[arg[7]] + matrix, w, k, v, r, sum(own), o);
+    normed_and_gated(n, o, (const float*)arg[11] + at, (const float*)arg[12] + at,
+                     as_float(arg[13]), 0.0f, v, worker.at(arg[3]) + at, worker.at(arg[4]) + at);
+  }
 }
 
 // S' = diag(w) S + b (a^T S) + k v^T and o = r^T S' for one head; S is [n][n].
@@ -475,18 +577,11 @@ INLINE void rwkv7_heads(const Worker& worker, const int64_t* arg) {
     const int64_t matrix = head * n * n;
     delta_step<fixed>(n, (const float*)worker.call->in[arg[11]] + matrix,
                       (float*)worker.call->out[arg[11]] + matrix, w, a, b, k, v, r, o);
-    const float bonus_size = sum(own), mean = mean_of(o, n);
-    const float scale = 1.0f / std::sqrt(variance_of(o, mean, n) + eps);
-    for (int64_t i = 0; i < n; i += LANES) {
-      const int64_t left = n - i;
-      const Floats normed = (load(o + i) - mean) * scale * load(weight + i, left);
-      const Floats z = normed + load(bias + i, left) + load(v + i) * bonus_size;
-      store(y + i, z * load(gate + i, left), left);
-    }
+    normed_and_gated(n, o, weight, bias, eps, sum(own), v, gate, y);
   }
 }
 
-enum Kind { BARRIER, EMBED, NORMALIZE, INTERPOLATE, KEEP, MULTIPLY, RWKV7 };
+enum Kind { BARRIER, EMBED, NORMALIZE, INTERPOLATE, KEEP, MULTIPLY, WKV4, RWKV5, RWKV7 };
 
 static void run(const Worker& worker) {
   const Program& program = *worker.call->program;
@@ -499,6 +594,13 @@ static void run(const Worker& worker) {
       case INTERPOLATE: interpolate(worker, arg); break;
       case KEEP: keep(worker, arg); break;
       case MULTIPLY: multiply(worker, arg); break;
+      case WKV4: wkv4(worker, arg); break;
+      case RWKV5:
+        if (arg[6] == 64)
+          rwkv5_heads<64>(worker, arg);
+        else
+          rwkv5_heads<0>(worker, arg);
+        break;
       case RWKV7:
         if (arg[10] == 64)
           rwkv7_heads<64>(worker, arg);

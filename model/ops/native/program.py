@@ -20,7 +20,17 @@ from model.ops.native.packing import BLOCK, FORMATS, ROWS, PackedMatrix, pack
 
 ACTIVATIONS = ("none", "tanh", "sigmoid", "squared_relu", "silu")
 """In the order of the kernel's `Activation`."""
-KINDS = ("barrier", "embed", "normalize", "interpolate", "keep", "multiply", "rwkv7")
+KINDS = (
+    "barrier",
+    "embed",
+    "normalize",
+    "interpolate",
+    "keep",
+    "multiply",
+    "wkv4",
+    "rwkv5",
+    "rwkv7",
+)
 """In the order of the kernel's `Kind`."""
 WORDS = 24
 """Of an instruction: its kind and its arguments."""
@@ -37,6 +47,11 @@ class Vector(NamedTuple):
     size: int
     own: bool
     """Whether each thread has one, or all share one."""
+
+    def split(self, count: int) -> "list[Vector]":
+        """Its parts, of equal size."""
+        size = self.size // count
+        return [Vector(self.offset + i * size, size, self.own) for i in range(count)]
 
 
 class _Place(NamedTuple):
@@ -126,13 +141,23 @@ class Program:
         self._add("normalize", x, out, x.size, self._row(weight), self._row(bias), float(eps))
         return out
 
-    def interpolate(self, x: Vector, slot: Any, mixes: Tensor) -> list[Vector]:
-        """`x + (previous - x) mix` for each of `mixes [m, D]`; previous is the state's tensor."""
+    def vectors(self, count: int, size: int) -> list[Vector]:
+        """New places, one behind the other."""
+        return [self.vector(size) for _ in range(count)]
+
+    def interpolate(self, x: Vector, slot: Any, mixes: Tensor | Sequence[Vector]) -> list[Vector]:
+        """`x + (previous - x) mix` for each of the mixes; previous is the state's tensor.
+
+        The mixes are parameters `[m, D]`, or places that `vectors` made, which must be whole.
+        """
         assert x.own
         outs = [self.vector(x.size, own=True) for _ in mixes]
-        stride = _padded(x.size)
-        rows = torch.nn.functional.pad(mixes, (0, stride - x.size))
-        self._add("interpolate", x, outs[0], x.size, slot, self._place(rows), len(mixes), stride)
+        stride, rows, vector = _padded(x.size), None, None
+        if isinstance(mixes, Tensor):
+            rows = self._place(torch.nn.functional.pad(mixes, (0, stride - x.size)))
+        else:
+            vector = mixes[0]
+        self._add("interpolate", x, outs[0], x.size, slot, rows, len(outs), stride, vector)
         return outs
 
     def keep(self, x: Vector, slot: Any) -> None:
@@ -148,10 +173,11 @@ class Program:
         activation: str = "none",
         out: Vector | None = None,
         add: bool = False,
+        factor: Vector | None = None,
         grain: int = ROWS,
         weights: str | None = None,
     ) -> Vector:
-        """`activation(matrix x + bias)`, shared between the threads by rows.
+        """`activation(matrix x + bias) factor`, shared between the threads by rows.
 
         Args:
             matrix: `[R, C]`.
@@ -160,6 +186,7 @@ class Program:
             activation: one of `ACTIVATIONS`.
             out: where to; a new place if None.
             add: to what is there, instead of in its place.
+            factor: what the result is multiplied with, at least in the thread's own rows.
             grain: each thread gets a multiple of so many rows, itself a multiple of 16.
             weights: another format than the program's.
         """
@@ -185,8 +212,66 @@ class Program:
             add,
             Vector(0, 0, True),  # the room, which stands first among a thread's own
             x.size,
+            factor is not None,
+            factor,
         )
         return out
+
+    def wkv4(
+        self,
+        key: Vector,
+        value: Vector,
+        factor: Vector,
+        slots: Sequence[Any],
+        *,
+        log_decay: Tensor,
+        bonus: Tensor,
+    ) -> Vector:
+        """RWKV-4's mean times a factor, channels shared between the threads as rows are."""
+        out = self.vector(key.size)
+        self._add(
+            "wkv4",
+            *(key, value, factor, out, key.size),
+            *slots,
+            self._row(log_decay),
+            self._row(bonus),
+        )
+        return out
+
+    def rwkv5(
+        self,
+        vectors: Sequence[Vector],
+        *,
+        num_heads: int,
+        head_dim: int,
+        slot: Any,
+        decay: Tensor | Vector,
+        parameters: Sequence[Tensor],
+        eps: float,
+    ) -> None:
+        """RWKV-5 and 6 between their matrices, heads shared between the threads.
+
+        Args:
+            vectors: receptance, key, value, gate and the output; all but the last at least in the
+                thread's own heads.
+            num_heads: H.
+            head_dim: K, which is V.
+            slot: the state's matrix.
+            decay: the log-decay is `-exp(decay)`; a parameter or computed.
+            parameters: bonus, the norm's weight and bias.
+            eps: of the norm.
+        """
+        self._add(
+            "rwkv5",
+            *vectors,
+            num_heads,
+            head_dim,
+            slot,
+            None if isinstance(decay, Vector) else self._row(decay.flatten()),
+            decay if isinstance(decay, Vector) else None,
+            *(self._row(parameter.flatten()) for parameter in parameters),
+            float(eps),
+        )
 
     def rwkv7(
         self,
