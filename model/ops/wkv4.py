@@ -80,7 +80,7 @@ def recurrent_wkv4(
         ValueError: if shapes do not fit together.
     """
     output_dtype = v.dtype
-    k, v, w, u, (num, den, top) = _prepare(k, v, log_decay, bonus, reset, initial_state)
+    k, v, w, u, (num, den, top) = prepare(k, v, log_decay, bonus, reset, initial_state)
     outputs = []
     for t in range(v.shape[1]):
         if reset is not None:
@@ -114,7 +114,7 @@ def parallel_wkv4(
     Work and memory grow with T squared. Arguments, results and errors as `recurrent_wkv4`.
     """
     output_dtype = v.dtype
-    k, v, w, u, state = _prepare(k, v, log_decay, bonus, reset, initial_state)
+    k, v, w, u, state = prepare(k, v, log_decay, bonus, reset, initial_state)
     index = torch.arange(k.shape[1], device=k.device)
     passed = index[:, None] - index - 1
     own = torch.eye(len(index), dtype=torch.bool, device=k.device)[..., None]
@@ -152,7 +152,7 @@ def chunked_wkv4(
     `recurrent_wkv4`; the result does not depend on `chunk_size`.
     """
     output_dtype = v.dtype
-    k, v, w, u, state = _prepare(k, v, log_decay, bonus, reset, initial_state)
+    k, v, w, u, state = prepare(k, v, log_decay, bonus, reset, initial_state)
     chunks = Chunks(k.shape[1], chunk_size)
 
     def cut(x: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ def _final_state(
     return WKV4State(num, den, top[:, 0].to(v.dtype))
 
 
-def _prepare(
+def prepare(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor,

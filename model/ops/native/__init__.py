@@ -4,16 +4,20 @@ They are compiled when the package is installed, where there is a C++ compiler. 
 PyTorch forms run; `status()` says which it is.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops import additive, delta
+from model.ops import additive, delta, wkv4
 from model.ops.decay import state_dtype
 from model.ops.native.library import is_available, library, status
-from model.ops.native.scan import scan, scan_now
+from model.ops.native.scan import scan_now, scan_op
+from model.ops.native.wkv4 import wkv4_now, wkv4_op
+from model.ops.wkv4 import WKV4State
 
-__all__ = ["is_available", "library", "native_additive", "native_delta", "status"]
+__all__ = ["is_available", "library", "native_additive", "native_delta", "native_wkv4", "status"]
 
 
 def native_additive(
@@ -36,9 +40,7 @@ def native_additive(
     additive.check_arguments(q, k, v, log_decay, bonus, normalize, reset, initial_state)
     dtype = state_dtype(q, k, v)
     values = F.pad(v.to(dtype), (0, 1), value=1.0) if normalize else v
-    o, state = _scan(
-        dtype, q, k, values, None, None, log_decay, bonus, reset, initial_state, scale
-    )
+    o, state = _scan(dtype, q, k, values, None, None, log_decay, bonus, reset, initial_state, scale)
     return additive.divided(o, normalize, eps).to(v.dtype), state
 
 
@@ -64,6 +66,40 @@ def native_delta(
     return o.to(v.dtype), state
 
 
+def native_wkv4(
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor,
+    bonus: Tensor,
+    reset: Tensor | None = None,
+    initial_state: WKV4State | None = None,
+) -> tuple[Tensor, WKV4State]:
+    """`recurrent_wkv4`, compiled: token by token, a few channels at a time, in float64.
+
+    Arguments, results and errors as `recurrent_wkv4`; there is no second derivative.
+    """
+    dtype, output_dtype = state_dtype(k, v), v.dtype
+    k, v, decay, bonus, state = wkv4.prepare(k, v, log_decay, bonus, reset, initial_state)
+    tensors = [k, v.double(), decay, bonus, reset, *(x.double() for x in state)]
+    keep, is_plain = _needs(tensors)
+    run: Any = wkv4_now if is_plain else wkv4_op
+    o, *final, _ = run(*tensors, keep)
+    return o.to(output_dtype), WKV4State(*(x.to(dtype) for x in final))
+
+
+def _needs(tensors: list[Tensor | None]) -> tuple[bool, bool]:
+    """Whether a backward pass may follow; and whether the kernel can be called at once.
+
+    That is where none may follow and nothing is traced: PyTorch's dispatcher costs more than a
+    token.
+    """
+    given = [x for x in tensors if x is not None]
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    is_plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in given)
+    return keep, is_plain and not keep and not torch.compiler.is_compiling()
+
+
 def _scan(
     dtype: torch.dtype,
     q: Tensor,
@@ -87,9 +123,7 @@ def _scan(
         None if x is None else x.to(dtype) for x in (q, k, v, a, b, decay, bonus, initial_state)
     ]
     tensors.insert(-1, reset)
-    given = [x for x in tensors if x is not None]
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    is_plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in given)
-    run = scan_now if is_plain and not keep and not torch.compiler.is_compiling() else scan
+    keep, is_plain = _needs(tensors)
+    run: Any = scan_now if is_plain else scan_op
     o, state, _, _ = run(*tensors, scale, keep)
     return o, state

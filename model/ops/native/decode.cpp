@@ -20,9 +20,13 @@
 #include <immintrin.h>
 #endif
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are only passed to functions that are inlined
+#if defined(_WIN32)
+#define EBB_EXPORT __declspec(dllexport)
+#else
+#define EBB_EXPORT __attribute__((visibility("default")))
+#endif
 
-extern "C" int ebb_instruction_set();  // kernels.cpp
+extern "C" EBB_EXPORT int ebb_instruction_set();  // kernels.cpp
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -145,8 +149,8 @@ Kernels widest() {
 extern "C" {
 
 // Reads a token: `out` becomes the state after it, `logits` those of the next.
-void ebb_decode_step(const Program* program, int64_t token, const void* const* in,
-                     void* const* out, float* logits, int threads) {
+EBB_EXPORT void ebb_decode_step(const Program* program, int64_t token, const void* const* in,
+                                void* const* out, float* logits, int threads) {
   const Call call{program, token, in, out, logits};
   const Kernels kernels = widest();
 #pragma omp parallel num_threads(threads)
@@ -159,10 +163,10 @@ void ebb_decode_step(const Program* program, int64_t token, const void* const* i
 }
 
 // Bytes of a barrier: the caller provides this many zeros, aligned to 128.
-int ebb_decode_barrier_size() { return sizeof(Barrier); }
+EBB_EXPORT int ebb_decode_barrier_size() { return sizeof(Barrier); }
 
 // The sum of `count` lines of 64 bytes that all threads read: what the memory's bandwidth is.
-double ebb_decode_read(const float* lines, int64_t count, int threads) {
+EBB_EXPORT double ebb_decode_read(const float* lines, int64_t count, int threads) {
   const Kernels kernels = widest();
   double total = 0.0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)

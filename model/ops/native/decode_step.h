@@ -26,13 +26,17 @@ INLINE void store(float* p, Floats x, int64_t left) {
 
 template <class Vector>
 INLINE auto sum(Vector x) {
+#pragma GCC unroll 4
   for (int width = LANES / 2; width; width /= 2)
+#pragma GCC unroll 8
     for (int i = 0; i < width; ++i) x[i] += x[i + width];
   return x[0];
 }
 
 INLINE float largest(Floats x) {
+#pragma GCC unroll 4
   for (int width = LANES / 2; width; width /= 2)
+#pragma GCC unroll 8
     for (int i = 0; i < width; ++i) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
   return x[0];
 }
@@ -183,6 +187,7 @@ INLINE __m512i dots(__m512i total, __m512i w, const int8_t* x) {
 
 INLINE Ints dots_int8(const uint8_t* w, const int8_t* high, const int8_t* low, int32_t sum) {
   __m512i a = _mm512_setzero_si512(), b = _mm512_set1_epi32(-128 * sum);
+#pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     const __m512i tile = _mm512_loadu_si512(w + 64 * i);
     a = dots(a, tile, high + 4 * i);
@@ -194,6 +199,7 @@ INLINE Ints dots_int8(const uint8_t* w, const int8_t* high, const int8_t* low, i
 INLINE Ints dots_int4(const uint8_t* w, const int8_t* high, const int8_t* low, int32_t sum) {
   const __m512i half = _mm512_set1_epi8(15);
   __m512i a = _mm512_setzero_si512(), b = _mm512_set1_epi32(-8 * sum);
+#pragma GCC unroll 8
   for (int i = 0; i < 4; ++i) {
     const __m512i both = _mm512_loadu_si512(w + 64 * i);
     const __m512i first = _mm512_and_si512(both, half);
@@ -210,6 +216,7 @@ INLINE __m256i in_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_
 
 INLINE Ints joined(const __m256i* a, const __m256i* b) {
   Ints result;
+#pragma GCC unroll 2
   for (int part = 0; part < 2; ++part) {
     const __m256i total = _mm256_add_epi32(_mm256_slli_epi32(a[part], 7), b[part]);
     std::memcpy((char*)&result + 32 * part, &total, sizeof total);
@@ -220,9 +227,11 @@ INLINE Ints joined(const __m256i* a, const __m256i* b) {
 INLINE Ints dots_int8(const uint8_t* w, const int8_t* high, const int8_t* low, int32_t) {
   const __m256i offset = _mm256_set1_epi8(-128), zero = _mm256_setzero_si256();
   __m256i a[2] = {zero, zero}, b[2] = {zero, zero};
+#pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     const __m256i x = _mm256_set1_epi32(four(high + 4 * i));
     const __m256i y = _mm256_set1_epi32(four(low + 4 * i));
+#pragma GCC unroll 2
     for (int part = 0; part < 2; ++part) {  // |w| times x with w's sign: pairs fit 16 bits
       const __m256i s = _mm256_xor_si256(half_tile(w + 64 * i + 32 * part), offset);
       const __m256i size = _mm256_abs_epi8(s);
@@ -246,7 +255,9 @@ INLINE Ints dots_int4(const uint8_t* w, const int8_t* high, const int8_t* low, i
   const __m256i half = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
   const __m256i start = _mm256_set1_epi32(-8 * sum);
   __m256i a[2] = {zero, zero}, b[2] = {start, start};
+#pragma GCC unroll 8
   for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 2
     for (int part = 0; part < 2; ++part) {
       const __m256i both = half_tile(w + 64 * i + 32 * part);
       const __m256i first = _mm256_and_si256(both, half);
@@ -263,6 +274,7 @@ INLINE int32_t integer(const int8_t* high, const int8_t* low, int64_t i) {
 
 INLINE Ints dots_int8(const uint8_t* w, const int8_t* high, const int8_t* low, int32_t sum) {
   Ints total = Ints{} - 128 * sum;
+#pragma GCC unroll 8
   for (int i = 0; i < 8; ++i)
     for (int row = 0; row < LANES; ++row)
       for (int j = 0; j < 4; ++j)
@@ -272,6 +284,7 @@ INLINE Ints dots_int8(const uint8_t* w, const int8_t* high, const int8_t* low, i
 
 INLINE Ints dots_int4(const uint8_t* w, const int8_t* high, const int8_t* low, int32_t sum) {
   Ints total = Ints{} - 8 * sum;
+#pragma GCC unroll 8
   for (int i = 0; i < 4; ++i)
     for (int row = 0; row < LANES; ++row)
       for (int j = 0; j < 4; ++j) {
@@ -289,6 +302,7 @@ INLINE Floats tile_integers(const uint8_t* w, const uint16_t* scales, const Quan
                             int64_t columns) {
   Floats y = {};
   for (int64_t i = 0; i < columns / BLOCK; ++i) {
+#pragma GCC unroll 8
     for (int line = 0; line < bits; ++line) __builtin_prefetch(w + 4096 + 64 * line);
     const int8_t *high = x.high + i * BLOCK, *low = x.low + i * BLOCK;
     const Ints total = bits == 8 ? dots_int8(w, high, low, x.sums[i])
@@ -447,17 +461,20 @@ INLINE void additive_step(int64_t size, const float* S, float* next, const float
   constexpr int WIDE = fixed ? 4 : 1;  // registers of a row that are worked on together
   for (int64_t j = 0; j < n; j += WIDE * LANES) {
     Floats value[WIDE], read[WIDE];
+#pragma GCC unroll 4
     for (int c = 0; c < WIDE; ++c) {
       value[c] = load(v + j + c * LANES);
       read[c] = value[c] * own;
     }
     for (int64_t i = 0; i < n; ++i)
+#pragma GCC unroll 4
       for (int c = 0; c < WIDE; ++c) {
         const int64_t place = i * n + j + c * LANES;
         const Floats x = load(S + place, n - j);
         read[c] += x * r[i];
         store(next + place, x * w[i] + value[c] * k[i], n - j);
       }
+#pragma GCC unroll 4
     for (int c = 0; c < WIDE; ++c) store(o + j + c * LANES, read[c]);
   }
 }
@@ -513,17 +530,21 @@ INLINE void delta_step(int64_t size, const float* S, float* next, const float* w
   constexpr int WIDE = fixed ? 4 : 1;  // registers of a row that are worked on together
   for (int64_t j = 0; j < n; j += WIDE * LANES) {
     Floats removed[WIDE] = {}, value[WIDE], read[WIDE] = {};
+#pragma GCC unroll 4
     for (int c = 0; c < WIDE; ++c) value[c] = load(v + j + c * LANES);
     for (int64_t i = 0; i < n; ++i)
+#pragma GCC unroll 4
       for (int c = 0; c < WIDE; ++c)
         removed[c] += load(S + i * n + j + c * LANES, n - j) * a[i];
     for (int64_t i = 0; i < n; ++i)
+#pragma GCC unroll 4
       for (int c = 0; c < WIDE; ++c) {
         const int64_t place = i * n + j + c * LANES;
         const Floats x = load(S + place, n - j) * w[i] + removed[c] * b[i] + value[c] * k[i];
         store(next + place, x, n - j);
         read[c] += x * r[i];
       }
+#pragma GCC unroll 4
     for (int c = 0; c < WIDE; ++c) store(o + j + c * LANES, read[c]);
   }
 }

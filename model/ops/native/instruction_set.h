@@ -3,10 +3,13 @@
 namespace EBB_NAMESPACE {
 
 #include "simd.h"
-#include "scan_kernels.h"
+#include "scan_forward.h"
+#include "scan_backward.h"
+#include "wkv4_kernels.h"
 
 }  // namespace EBB_NAMESPACE
 #undef EBB_INLINE
+#undef EBB_FOR_ALL_KEYS
 #undef EBB_NAMESPACE
 #undef EBB_TARGET
 #undef EBB_VECTOR_BYTES

@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <type_traits>
 
 #include "scan.h"
+#include "wkv4.h"
 
 template <class Real>
 using Index = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
@@ -67,7 +69,7 @@ Real* scratch(int64_t count) {
   };
   thread_local std::unique_ptr<void, Free> memory;
   thread_local int64_t size = 0;
-  const int64_t needed = (count * int64_t(sizeof(Real)) + 63) / 64 * 64;
+  const int64_t needed = (std::max<int64_t>(count, 1) * int64_t(sizeof(Real)) + 63) / 64 * 64;
   if (needed > size) {
     memory.reset(std::aligned_alloc(64, needed));
     size = memory ? needed : 0;
@@ -76,57 +78,70 @@ Real* scratch(int64_t count) {
   return static_cast<Real*>(memory.get());
 }
 
-template <class Real>
-int64_t count_panels(const Scan<Real>& s) {
-  int64_t panels = 0;
-  for (int64_t c = 0; c < s.value_dim; c = scan_kernels<Real>().panel_end(s, c)) ++panels;
-  return panels;
+const Wkv4Kernels& wkv4_kernels() {
+#if defined(__x86_64__)
+  if (chosen == AVX512) return avx512::WKV4_KERNELS;
+  if (chosen == AVX2) return avx2::WKV4_KERNELS;
+#endif
+  return baseline::WKV4_KERNELS;
 }
 
-template <class Real>
-int64_t panel_begin(const Scan<Real>& s, int64_t panel) {
-  int64_t column = 0;
-  while (panel-- > 0) column = scan_kernels<Real>().panel_end(s, column);
-  return column;
+// Calls work(item, memory) for every item, each thread with `count` numbers of scratch of its own.
+// Returns 0, or 1 where there was no memory for them.
+template <class Real, class Work>
+int for_all(int64_t items, int threads, int64_t count, const Work& work) {
+  const int team = int(std::max<int64_t>(std::min<int64_t>(threads, items), 1));
+  int failed = 0;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1) reduction(| : failed)
+  for (int64_t item = 0; item < items; ++item) {
+    Real* const memory = scratch<Real>(count);
+    if (memory)
+      work(item, memory);
+    else
+      failed = 1;
+  }
+  return failed;
 }
 
 template <class Real>
 int forward(const Scan<Real>& s, int threads) {
   const auto& kernels = scan_kernels<Real>();
   const auto kernel = kernels.forward[kernels.kind(s)];
-  const int64_t panels = count_panels(s), items = s.batch * s.heads * panels;
-  const int team = int(std::max<int64_t>(std::min<int64_t>(threads, items), 1));
-  int failed = 0;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1) reduction(| : failed)
-  for (int64_t item = 0; item < items; ++item) {
-    Real* const memory = scratch<Real>(kernels.scratch(s, false));
-    if (memory)
-      kernel(s, item / panels, panel_begin(s, item % panels), memory);
-    else
-      failed = 1;
-  }
-  return failed;
+  const int64_t panels = kernels.forward_panels(s), items = s.batch * s.heads * panels;
+  return for_all<Real>(items, threads, kernels.forward_scratch(s), [&](int64_t item, Real* memory) {
+    kernel(s, item / panels, item % panels, memory);
+  });
 }
 
 template <class Real>
 int backward(const Scan<Real>& s, const ScanGradient<Real>& d, int threads) {
   const auto& kernels = scan_kernels<Real>();
   const auto kernel = kernels.backward[kernels.kind(s)];
-  const int64_t items = s.batch * s.heads * d.parts;
-  const int team = int(std::max<int64_t>(std::min<int64_t>(threads, items), 1));
-  int failed = 0;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1) reduction(| : failed)
-  for (int64_t item = 0; item < items; ++item) {
-    Real* const memory = scratch<Real>(kernels.scratch(s, true));
+  const int64_t panels = kernels.backward_panels(s), items = s.batch * s.heads * d.parts;
+  return for_all<Real>(items, threads, kernels.backward_scratch(s), [&](int64_t item, Real* memory) {
     const int64_t index = item / d.parts, part = item % d.parts;
-    if (!memory)
-      failed = 1;
-    else if (d.parts > 1)
-      kernel(s, d, index, panel_begin(s, part), part, memory);
+    if (d.parts > 1)
+      kernel(s, d, index, part, part, memory);
     else
-      for (int64_t c = 0; c < s.value_dim;) c = kernel(s, d, index, c, 0, memory);
-  }
-  return failed;
+      for (int64_t panel = 0; panel < panels; ++panel) kernel(s, d, index, panel, 0, memory);
+  });
+}
+
+int forward(const Wkv4& x, int threads) {
+  const auto& kernels = wkv4_kernels();
+  const int64_t blocks = (x.width + kernels.channels - 1) / kernels.channels;
+  return for_all<double>(x.batch * blocks, threads, 0, [&](int64_t item, double*) {
+    kernels.forward(x, item / blocks, item % blocks * kernels.channels);
+  });
+}
+
+int backward(const Wkv4& x, const Wkv4Gradient& d, int threads) {
+  const auto& kernels = wkv4_kernels();
+  const int64_t blocks = (x.width + kernels.channels - 1) / kernels.channels;
+  const int64_t count = 3 * x.chunk * kernels.channels;
+  return for_all<double>(x.batch * blocks, threads, count, [&](int64_t item, double* memory) {
+    kernels.backward(x, d, item / blocks, item % blocks * kernels.channels, memory);
+  });
 }
 
 }  // namespace
@@ -148,8 +163,12 @@ EBB_EXPORT int ebb_use_instruction_set(int wanted) {
   return chosen = std::max(int(BASELINE), std::min(wanted, widest()));
 }
 
-EBB_EXPORT int64_t ebb_panels_f32(const Scan<float>* s) { return count_panels(*s); }
-EBB_EXPORT int64_t ebb_panels_f64(const Scan<double>* s) { return count_panels(*s); }
+EBB_EXPORT int64_t ebb_panels_f32(const Scan<float>* s) {
+  return scan_kernels<float>().backward_panels(*s);
+}
+EBB_EXPORT int64_t ebb_panels_f64(const Scan<double>* s) {
+  return scan_kernels<double>().backward_panels(*s);
+}
 EBB_EXPORT int ebb_scan_forward_f32(const Scan<float>* s, int threads) {
   return forward(*s, threads);
 }
@@ -163,5 +182,9 @@ EBB_EXPORT int ebb_scan_backward_f32(const Scan<float>* s, const ScanGradient<fl
 EBB_EXPORT int ebb_scan_backward_f64(const Scan<double>* s, const ScanGradient<double>* d,
                                      int threads) {
   return backward(*s, *d, threads);
+}
+EBB_EXPORT int ebb_wkv4_forward_f64(const Wkv4* x, int threads) { return forward(*x, threads); }
+EBB_EXPORT int ebb_wkv4_backward_f64(const Wkv4* x, const Wkv4Gradient* d, int threads) {
+  return backward(*x, *d, threads);
 }
 }

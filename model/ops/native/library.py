@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,6 @@ FOLDER = Path(__file__).parent
 """Where an installation puts the compiled library."""
 
 _POINTER = [ctypes.c_void_p]
-
-_FUNCTIONS = ("scan_forward", "scan_backward", "panels")
-
 
 class Library:
     """The functions of the compiled library, by name and dtype."""
@@ -97,9 +95,33 @@ def status() -> str:
     return reason if found is None else f"native, {found.instruction_set()}"
 
 
+def call(name: str, dtype: torch.dtype, *structures: ctypes.Structure) -> None:
+    """Calls a function of the library, on as many threads as PyTorch uses."""
+    function = library().function(name, dtype)
+    if function(*map(ctypes.byref, structures), torch.get_num_threads()):
+        raise MemoryError("the native kernels found no memory for their scratch")
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """As the kernels want it."""
+    return None if x is None else x.contiguous()
+
+
+def refuse_second_derivative(ctx: Any, *gradients: Any) -> None:
+    """What the operators of backward passes have for their own.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        'the native kernels have no second derivative: take the form with backend="torch"'
+    )
+
+
 def pointer(x: Tensor | None) -> int | None:
     """Where a contiguous tensor begins; None for null."""
     if x is None or x.numel() == 0:
         return None
-    assert x.is_contiguous() and x.device.type == "cpu"
+    assert x.is_contiguous()
+    assert x.device.type == "cpu"
     return x.data_ptr()

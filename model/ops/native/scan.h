@@ -18,7 +18,8 @@ struct Scan {
   const uint8_t* reset;
   const Real* initial;
   // Written by the forward pass. The last two only where a backward pass will follow: what each
-  // token removed, a_t^T S_{t-1}, [B, T, H, V], and the state before each chunk, panel by panel.
+  // token removed, a_t^T S_{t-1}, [B, T, H, V], and the state before each chunk,
+  // [B, H, chunks, K, padded_width(V)].
   Real *o, *final, *removed, *checkpoints;
 
   int64_t keys() const { return batch * time * heads * key_dim; }
@@ -55,11 +56,13 @@ struct Head {
 // The kernels of one instruction set; arrays are by kind: additive, additive with bonus, delta.
 template <class Real>
 struct ScanKernels {
-  int64_t (*scratch)(const Scan<Real>&, bool backward);
-  int64_t (*panel_end)(const Scan<Real>&, int64_t column);
-  int64_t (*forward[3])(const Scan<Real>&, int64_t index, int64_t column, Real* scratch);
-  int64_t (*backward[3])(const Scan<Real>&, const ScanGradient<Real>&, int64_t index,
-                         int64_t column, int64_t part, Real* scratch);
+  int64_t (*forward_scratch)(const Scan<Real>&);
+  int64_t (*backward_scratch)(const Scan<Real>&);
+  int64_t (*forward_panels)(const Scan<Real>&);
+  int64_t (*backward_panels)(const Scan<Real>&);
+  void (*forward[3])(const Scan<Real>&, int64_t index, int64_t panel, Real* scratch);
+  void (*backward[3])(const Scan<Real>&, const ScanGradient<Real>&, int64_t index, int64_t panel,
+                      int64_t part, Real* scratch);
 
   static int kind(const Scan<Real>& s) { return s.a ? 2 : s.bonus ? 1 : 0; }
 };

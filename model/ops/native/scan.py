@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.ops.native.library import library, pointer
+from model.ops.native.library import (
+    call,
+    contiguous,
+    library,
+    pointer,
+    refuse_second_derivative,
+)
 
-CHUNK = 16
+CHUNK = 32
 """Tokens between two states that the forward pass keeps for the backward pass."""
 
 
@@ -46,19 +52,11 @@ class _ScanGradient(ctypes.Structure):
 def _describe(k: Tensor, v: Tensor, decay: Tensor | None, scale: float, **tensors: Any) -> _Scan:
     batch, time, heads, key_dim = k.shape
     channels = 0 if decay is None else 1 if decay.dim() == 3 else key_dim
-    pointers = {name: pointer(x) for name, x in (tensors | {"k": k, "v": v, "decay": decay}).items()}
+    pointers = {
+        name: pointer(x) for name, x in (tensors | {"k": k, "v": v, "decay": decay}).items()
+    }
     sizes = (batch, time, heads, key_dim, v.shape[-1], CHUNK, channels)
     return _Scan(*sizes, scale, **pointers)
-
-
-def _call(name: str, dtype: torch.dtype, *structures: ctypes.Structure) -> None:
-    function = library().function(name, dtype)
-    if function(*map(ctypes.byref, structures), torch.get_num_threads()):
-        raise MemoryError("the native kernels found no memory for their scratch")
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _saved_shapes(k: Tensor, v: Tensor, has_removal: bool) -> tuple[list[int], list[int]]:
@@ -102,21 +100,21 @@ def scan_now(
         of one dtype, float32 or float64.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    a, b, decay, bonus, reset, initial = map(_contiguous, (a, b, decay, bonus, reset, initial))
+    a, b, decay, bonus, reset, initial = map(contiguous, (a, b, decay, bonus, reset, initial))
     batch, _, heads, key_dim = k.shape
     o, final = torch.empty_like(v), v.new_empty(batch, heads, key_dim, v.shape[-1])
     shapes = _saved_shapes(k, v, a is not None) if keep else ([0], [0])
     removed, checkpoints = v.new_empty(shapes[0]), v.new_empty(shapes[1])
     written = {"o": o, "final": final, "removed": removed, "checkpoints": checkpoints}
     read = {"q": q, "a": a, "b": b, "bonus": bonus, "reset": reset, "initial": initial}
-    _call("scan_forward", v.dtype, _describe(k, v, decay, scale, **read, **written))
+    call("scan_forward", v.dtype, _describe(k, v, decay, scale, **read, **written))
     return o, final, removed, checkpoints
 
 
-scan = torch.library.custom_op("ebb::scan", scan_now, mutates_args=())
+scan_op = torch.library.custom_op("ebb::scan", scan_now, mutates_args=())
 
 
-@scan.register_fake
+@scan_op.register_fake
 def _(
     q: Tensor,
     k: Tensor,
@@ -154,7 +152,7 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, a, b, decay, bonus and the initial state; empty for what is None."""
     q, k, v, for_o = q.contiguous(), k.contiguous(), v.contiguous(), for_o.contiguous()
-    a, b, decay, bonus, reset, for_final = map(_contiguous, (a, b, decay, bonus, reset, for_final))
+    a, b, decay, bonus, reset, for_final = map(contiguous, (a, b, decay, bonus, reset, for_final))
     batch, _, heads, key_dim = k.shape
     read = {"q": q, "a": a, "b": b, "bonus": bonus, "reset": reset}
     arguments = _describe(k, v, decay, scale, **read, removed=removed, checkpoints=checkpoints)
@@ -173,7 +171,7 @@ def scan_backward(
     for_v, for_initial = torch.empty_like(v), v.new_empty(batch, heads, key_dim, v.shape[-1])
     whole = {"o": for_o, "final": for_final, "v": for_v, "initial": for_initial}
     pointers = {n: pointer(x) for n, x in (sums | whole | {"bonus": for_bonus}).items()}
-    _call("scan_backward", v.dtype, arguments, _ScanGradient(parts=parts, **pointers))
+    call("scan_backward", v.dtype, arguments, _ScanGradient(parts=parts, **pointers))
 
     def joined(x: Tensor) -> Tensor:
         return x if x.numel() == 0 else x.squeeze(0) if parts == 1 else x.sum(0)
@@ -217,7 +215,9 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.scale, ctx.has_initial = scale, initial is not None
 
 
-def _backward(ctx: Any, for_o: Tensor | None, for_final: Tensor | None, *_: None) -> tuple[Any, ...]:
+def _backward(
+    ctx: Any, for_o: Tensor | None, for_final: Tensor | None, *_: None
+) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     if for_o is None:
         for_o = torch.zeros_like(saved[2])
@@ -229,11 +229,5 @@ def _backward(ctx: Any, for_o: Tensor | None, for_final: Tensor | None, *_: None
     return (*for_tensors, None, for_initial, None, None)
 
 
-def _refuse(ctx: Any, *gradients: Any) -> None:
-    raise NotImplementedError(
-        'the native kernels have no second derivative: take the form with backend="torch"'
-    )
-
-
-scan.register_autograd(_backward, setup_context=_keep_for_backward)
-scan_backward.register_autograd(_refuse)
+scan_op.register_autograd(_backward, setup_context=_keep_for_backward)
+scan_backward.register_autograd(refuse_second_derivative)

@@ -66,29 +66,65 @@ struct CountTo<0, I...> {
   using Type = Indices<I...>;
 };
 
-// Lane i: a_i + a_(i ^ half) where bit `half` of i is 0, else b_i + b_(i ^ half).
-template <int half, class Real, int... I>
-EBB_INLINE Vector<Real> fold(Vector<Real> a, Vector<Real> b, Indices<I...>) {
+// Of two vectors as two rows of blocks of `half` lanes: a with every second block from b, and b with
+// every other one from a. Twice the same is nothing.
+template <class Real, int half, int... I>
+EBB_INLINE void exchange(Vector<Real>& a, Vector<Real>& b, Indices<I...>) {
   constexpr int lanes = LANES<Real>;
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, ((I & half) ? lanes + (I ^ half) : I)...) +
-         __builtin_shufflevector(a, b, ((I & half) ? lanes + I : (I ^ half))...);
+  const Vector<Real> x =
+      __builtin_shufflevector(a, b, ((I & half) ? lanes + (I ^ half) : I)...);
+  b = __builtin_shufflevector(a, b, ((I & half) ? lanes + I : (I ^ half))...);
 #else
   using Mask = Vector<Index<Real>>;
-  return __builtin_shuffle(a, b, Mask{((I & half) ? lanes + (I ^ half) : I)...}) +
-         __builtin_shuffle(a, b, Mask{((I & half) ? lanes + I : (I ^ half))...});
+  const Vector<Real> x = __builtin_shuffle(a, b, Mask{((I & half) ? lanes + (I ^ half) : I)...});
+  b = __builtin_shuffle(a, b, Mask{((I & half) ? lanes + I : (I ^ half))...});
 #endif
+  a = x;
 }
 
 // The sums of as many rows as there are lanes, each row one vector, stored one after the other:
-// a tree of folds, its leaves the rows. `first` holds the bits below `half` of those meant.
+// a tree of exchanges, its leaves the rows. `first` holds the bits below `half` of those meant.
 template <class Real, int half = 1, int first = 0>
 EBB_INLINE Vector<Real> row_sums(const Real* rows) {
   if constexpr (half == LANES<Real>) {
     return load(rows + first * half);
   } else {
-    return fold<half, Real>(row_sums<Real, 2 * half, first>(rows),
-                            row_sums<Real, 2 * half, first + half>(rows),
-                            typename CountTo<LANES<Real>>::Type{});
+    Vector<Real> a = row_sums<Real, 2 * half, first>(rows);
+    Vector<Real> b = row_sums<Real, 2 * half, first + half>(rows);
+    exchange<Real, half>(a, b, typename CountTo<LANES<Real>>::Type{});
+    return a + b;
+  }
+}
+
+template <class Real, int half>
+EBB_INLINE void transpose_square(Vector<Real> (&x)[LANES<Real>]) {
+  if constexpr (half < LANES<Real>) {
+    transpose_square<Real, 2 * half>(x);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES<Real>; ++i)
+      if (!(i & half))
+        exchange<Real, half>(x[i], x[i | half], typename CountTo<LANES<Real>>::Type{});
+  }
+}
+
+// to[j][i] = from[i][j], rows apart by the strides; what stands beside them in `to` is kept.
+template <class Real>
+EBB_TARGET void transpose(Real* to, int64_t to_stride, const Real* from, int64_t from_stride,
+                          int64_t rows, int64_t columns) {
+  constexpr int lanes = LANES<Real>;
+  for (int64_t i = 0; i < rows; i += lanes) {
+    for (int64_t j = 0; j < columns; j += lanes) {
+      if (rows - i >= lanes && columns - j >= lanes) {
+        Vector<Real> x[lanes];
+        for (int r = 0; r < lanes; ++r) x[r] = load(from + (i + r) * from_stride + j);
+        transpose_square<Real, 1>(x);
+        for (int r = 0; r < lanes; ++r) store(to + (j + r) * to_stride + i, x[r]);
+      } else {
+        for (int64_t r = i; r < rows && r < i + lanes; ++r)
+          for (int64_t c = j; c < columns && c < j + lanes; ++c)
+            to[c * to_stride + r] = from[r * from_stride + c];
+      }
+    }
   }
 }
