@@ -43,7 +43,7 @@ class Engine:
         self._parts = list(_parts(model))
         with torch.no_grad():
             like = model.initial_state(1)
-            self._shapes = [tensor.shape for _, tensor in tensors(like)]
+            self._like = [(tensor.shape, tensor.dtype) for _, tensor in tensors(like)]
             self._step = Step(_describe(model, weights, like).finish())
 
     def is_current(self) -> bool:
@@ -51,10 +51,10 @@ class Engine:
         return all(part.is_current() for part in self._parts)
 
     def takes(self, state: ModelState) -> bool:
-        """Whether this is a state of one text, of a model of this shape, in float32."""
+        """Whether this is a state of one text, of a model of this shape and precision."""
         given = [tensor for _, tensor in tensors(state)]
-        return [x.shape for x in given] == self._shapes and all(
-            x.dtype == torch.float32 and x.device.type == "cpu" for x in given
+        return [(x.shape, x.dtype) for x in given] == self._like and all(
+            x.device.type == "cpu" for x in given
         )
 
     def run(self, token: int, before: Pointers, after: Pointers) -> Tensor:

@@ -44,6 +44,13 @@ class SwiGLU(Layer):
         """`[B, T, D]` -> `[B, T, D]`."""
         return self.down(F.silu(self.gate(x)) * self.up(x)), state
 
+    def describe_step(self, program: Program, x: Vector, state: NoState, residual: Vector) -> None:
+        """`forward` for one token, in two phases."""
+        gate = program.multiply(self.gate.weight, x, activation="silu")
+        hidden = program.multiply(self.up.weight, x, factor=gate)
+        program.barrier()
+        program.multiply(self.down.weight, hidden, out=residual, add=True)
+
 
 class ShiftedChannelMix(Layer):
     """What RWKV's channel mixers share: the squared relu of an interpolated token."""

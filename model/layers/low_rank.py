@@ -55,12 +55,19 @@ class LowRank(nn.Module):
             weights=self.step_weights(program.weights),
         )
 
-    def describe_up(self, program: Program, hidden: Vector, grain: int | None = None) -> Vector:
-        """The native step of `bias + hidden up`; hidden must be whole."""
+    def describe_up(
+        self,
+        program: Program,
+        hidden: Vector,
+        grain: int | None = None,
+        activation: str = "none",
+    ) -> Vector:
+        """The native step of `activation(bias + hidden up)`; hidden must be whole."""
         return program.multiply(
             self.up.T,
             hidden,
             bias=self.bias,
+            activation=activation,
             grain=grain or ROWS,
             weights=self.step_weights(program.weights),
         )

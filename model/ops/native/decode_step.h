@@ -76,7 +76,20 @@ INLINE Floats hyperbolic_tangent(Floats x) {
   return choose(absolute(x) < 0.25f, x + x * s * series, far);
 }
 
-enum Activation { NONE, TANH, SIGMOID, SQUARED_RELU, SILU };
+// log(1 + exp(x)): log(1 + e) is 2 artanh(e / (2 + e)), a short series for e <= 1.
+INLINE Floats softplus(Floats x) {
+  const Floats e = exponential(-absolute(x)), z = e / (2.0f + e), s = z * z;
+  Floats series = all(1.0f / 13.0f);
+  series = series * s + 1.0f / 11.0f;
+  series = series * s + 1.0f / 9.0f;
+  series = series * s + 1.0f / 7.0f;
+  series = series * s + 1.0f / 5.0f;
+  series = series * s + 1.0f / 3.0f;
+  series = series * s + 1.0f;
+  return choose(x < 0.0f, Floats{}, x) + (z + z) * series;
+}
+
+enum Activation { NONE, TANH, SIGMOID, SQUARED_RELU, SILU, SOFTPLUS, LOG_SIGMOID, ELU_PLUS_ONE };
 
 INLINE Floats activate(int64_t activation, Floats x) {
   switch (activation) {
@@ -84,6 +97,9 @@ INLINE Floats activate(int64_t activation, Floats x) {
     case SIGMOID: return sigmoid(x);
     case SQUARED_RELU: { const Floats y = choose(x < 0.0f, Floats{}, x); return y * y; }
     case SILU: return x * sigmoid(x);
+    case SOFTPLUS: return softplus(x);
+    case LOG_SIGMOID: return -softplus(-x);
+    case ELU_PLUS_ONE: return choose(x > 0.0f, x + 1.0f, exponential(x));
     default: return x;
   }
 }
@@ -373,13 +389,13 @@ INLINE float mean_of(const float* x, int64_t n) {
 
 INLINE float variance_of(const float* x, float mean, int64_t n) {
   Floats total = {};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
+  const int64_t whole = n / LANES * LANES;
+  for (int64_t i = 0; i < whole; i += LANES) {
     const Floats z = load(x + i) - mean;
     total += z * z;
   }
   float rest = 0.0f;
-  for (; i < n; ++i) rest += (x[i] - mean) * (x[i] - mean);
+  for (int64_t i = whole; i < n; ++i) rest += (x[i] - mean) * (x[i] - mean);
   return (sum(total) + rest) / n;
 }
 
@@ -522,30 +538,168 @@ INLINE void rwkv5_heads(const Worker& worker, const int64_t* arg) {
   }
 }
 
-// S' = diag(w) S + b (a^T S) + k v^T and o = r^T S' for one head; S is [n][n].
+// S' = diag(w) S + b (a^T S) + k v^T and o = r^T S' for one head; S is [keys][values]. Without a
+// nothing is removed.
 template <int fixed>
-INLINE void delta_step(int64_t size, const float* S, float* next, const float* w, const float* a,
-                       const float* b, const float* k, const float* v, const float* r, float* o) {
-  const int64_t n = fixed ? fixed : size;
+INLINE void delta_step(int64_t keys, int64_t size, const float* S, float* next, const float* w,
+                       const float* a, const float* b, const float* k, const float* v,
+                       const float* r, float* o) {
+  const int64_t values = fixed ? fixed : size;
   constexpr int WIDE = fixed ? 4 : 1;  // registers of a row that are worked on together
-  for (int64_t j = 0; j < n; j += WIDE * LANES) {
+  for (int64_t j = 0; j < values; j += WIDE * LANES) {
     Floats removed[WIDE] = {}, value[WIDE], read[WIDE] = {};
 #pragma GCC unroll 4
     for (int c = 0; c < WIDE; ++c) value[c] = load(v + j + c * LANES);
-    for (int64_t i = 0; i < n; ++i)
+    if (a)
+      for (int64_t i = 0; i < keys; ++i)
 #pragma GCC unroll 4
-      for (int c = 0; c < WIDE; ++c)
-        removed[c] += load(S + i * n + j + c * LANES, n - j) * a[i];
-    for (int64_t i = 0; i < n; ++i)
+        for (int c = 0; c < WIDE; ++c)
+          removed[c] += load(S + i * values + j + c * LANES, values - j) * a[i];
+    for (int64_t i = 0; i < keys; ++i)
 #pragma GCC unroll 4
       for (int c = 0; c < WIDE; ++c) {
-        const int64_t place = i * n + j + c * LANES;
-        const Floats x = load(S + place, n - j) * w[i] + removed[c] * b[i] + value[c] * k[i];
-        store(next + place, x, n - j);
+        const int64_t place = i * values + j + c * LANES;
+        Floats x = load(S + place, values - j) * w[i] + value[c] * k[i];
+        if (a) x += removed[c] * b[i];
+        store(next + place, x, values - j);
         read[c] += x * r[i];
       }
 #pragma GCC unroll 4
     for (int c = 0; c < WIDE; ++c) store(o + j + c * LANES, read[c]);
+  }
+}
+
+// y = silu(bias + sum_lag taps_lag x_{t - lag}) on this thread's channels; the window moves on.
+// x, y, n, slot, first channel of the window, its channels, number of taps, taps and the distance
+// between two, bias or null
+static void convolve(const Worker& worker, const int64_t* arg) {
+  const float *x = worker.at(arg[0]), *window = (const float*)worker.call->in[arg[3]] + arg[4];
+  float *y = worker.at(arg[1]), *after = (float*)worker.call->out[arg[3]] + arg[4];
+  const int64_t channels = arg[5], size = arg[6], stride = arg[8];
+  const float *taps = (const float*)arg[7], *bias = (const float*)arg[9];
+  int64_t begin, end;
+  worker.share(arg[2], LANES, begin, end);
+  for (int64_t i = begin; i < end; i += LANES) {
+    const int64_t left = end - i;
+    const Floats own = load(x + i, left);
+    Floats z = own * load(taps + i, left);
+    for (int64_t row = 0; row + 1 < size; ++row) {  // oldest first: it is overwritten at once
+      const Floats before = load(window + row * channels + i, left);
+      z += before * load(taps + (size - 1 - row) * stride + i, left);
+      if (row) store(after + (row - 1) * channels + i, before, left);
+    }
+    if (size > 1) store(after + (size - 2) * channels + i, own, left);
+    if (bias) z += load(bias + i, left);
+    store(y + i, z * sigmoid(z), left);
+  }
+}
+
+// Turns the pairs (i, i + n / 2) of each head by position / base^(2 i / n), on this thread's heads.
+// x, heads, n, slot of the position, base
+static void rotate(const Worker& worker, const int64_t* arg) {
+  const int64_t n = arg[2], half = n / 2;
+  const double position = (double)*(const int64_t*)worker.call->in[arg[3]];
+  double base;
+  std::memcpy(&base, &arg[4], sizeof base);
+  float cosine[MAX_HEAD / 2], sine[MAX_HEAD / 2];
+  int64_t begin, end;
+  worker.share(arg[1], 1, begin, end);
+  if (begin == end) return;
+  for (int64_t i = 0; i < half; ++i) {
+    const double angle = position * std::pow(base, -(double)i / (double)half);
+    cosine[i] = (float)std::cos(angle);
+    sine[i] = (float)std::sin(angle);
+  }
+  for (int64_t head = begin; head < end; ++head) {
+    float *first = worker.at(arg[0]) + head * n, *second = first + half;
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = first[i], b = second[i];
+      first[i] = a * cosine[i] - b * sine[i];
+      second[i] = b * cosine[i] + a * sine[i];
+    }
+  }
+}
+
+// The state's integer is one more from here on.  slot
+static void count(const Worker& worker, const int64_t* arg) {
+  if (worker.thread == 0)
+    *(int64_t*)worker.call->out[arg[0]] = *(const int64_t*)worker.call->in[arg[0]] + 1;
+}
+
+INLINE float inverse_length(const float* x, int64_t n) {
+  Floats total = {};
+  for (int64_t i = 0; i < n; i += LANES) total += load(x + i, n - i) * load(x + i, n - i);
+  const float length = std::sqrt(sum(total));
+  return 1.0f / (length > 1e-12f ? length : 1e-12f);
+}
+
+// The additive or the delta recurrence of a head, and what follows until the gate. Flags say what
+// there is; what a flag leaves out is not looked at.
+enum HeadFlag {
+  DELTA = 1,          // remove what the key finds before writing
+  UNIT = 2,           // queries and keys of length 1
+  STRENGTH = 4,       // writes times a factor a head
+  CHANNEL_DECAY = 8,  // log-decays a key channel, else a head
+  HEAD_DECAY = 16,
+  RATE = 32,          // log-decays times a parameter a head
+  DIVIDE = 64,        // by the sum of weights, a column more of the state
+  SKIP = 128,         // plus the value times a parameter a head
+  NORM = 256,         // RMS norm, one weight a value channel
+  GATE = 512,         // times a vector
+};
+
+// q, k, v, y, heads, keys, values, slot, flags, heads that share q and k, scale of the result,
+// strength, its scale, log-decay, its scale, rate, eps of the division, skip, norm weight,
+// its eps, gate
+template <int fixed>
+INLINE void heads(const Worker& worker, const int64_t* arg) {
+  const int64_t keys = arg[5], values = arg[6], flags = arg[8];
+  const int64_t columns = values + (flags & DIVIDE ? 1 : 0);
+  int64_t begin, end;
+  worker.share(arg[4], 1, begin, end);
+  for (int64_t head = begin; head < end; ++head) {
+    const int64_t shared = head / arg[9] * keys, at = head * values;
+    const float *query = worker.at(arg[0]) + shared, *key = worker.at(arg[1]) + shared;
+    const float* value = worker.at(arg[2]) + at;
+    alignas(64) float w[MAX_HEAD], a[MAX_HEAD], k[MAX_HEAD], r[MAX_HEAD];
+    alignas(64) float v[MAX_HEAD + LANES] = {}, o[MAX_HEAD + LANES];
+    const float unit_key = flags & UNIT ? inverse_length(key, keys) : 1.0f;
+    const float unit_query = flags & UNIT ? inverse_length(query, keys) : 1.0f;
+    const float strength =
+        flags & STRENGTH ? worker.at(arg[11])[head] * as_float(arg[12]) : 1.0f;
+    float rate = as_float(arg[14]);
+    if (flags & RATE) rate *= ((const float*)arg[15])[head];
+    if (flags & HEAD_DECAY) rate *= worker.at(arg[13])[head];
+    for (int64_t i = 0; i < keys; i += LANES) {
+      const int64_t left = keys - i;
+      const Floats x = load(key + i, left) * unit_key;
+      Floats decay = all(rate);
+      if (flags & CHANNEL_DECAY) decay *= load(worker.at(arg[13]) + head * keys + i, left);
+      const Floats kept = exponential(decay);
+      store(w + i, kept);
+      store(k + i, x * strength);
+      store(a + i, -x * kept);
+      store(r + i, load(query + i, left) * (unit_query * as_float(arg[10])));
+    }
+    std::memcpy(v, value, values * sizeof(float));
+    if (flags & DIVIDE) v[values] = 1.0f;
+    const int64_t matrix = head * keys * columns;
+    delta_step<fixed>(keys, columns, (const float*)worker.call->in[arg[7]] + matrix,
+                      (float*)worker.call->out[arg[7]] + matrix, w, flags & DELTA ? a : nullptr, k,
+                      k, v, r, o);
+    float factor = 1.0f;
+    if (flags & DIVIDE) factor = 1.0f / (o[values] + as_float(arg[16]));
+    if (flags & SKIP)
+      for (int64_t i = 0; i < values; ++i) o[i] += v[i] * ((const float*)arg[17])[head];
+    if (flags & NORM) factor = 1.0f / std::sqrt(variance_of(o, 0.0f, values) + as_float(arg[19]));
+    float* y = worker.at(arg[3]) + at;
+    for (int64_t i = 0; i < values; i += LANES) {
+      const int64_t left = values - i;
+      Floats z = load(o + i) * factor;
+      if (flags & NORM) z *= load((const float*)arg[18] + i);
+      if (flags & GATE) z *= load(worker.at(arg[20]) + at + i, left);
+      store(y + i, z, left);
+    }
   }
 }
 
@@ -596,13 +750,14 @@ INLINE void rwkv7_heads(const Worker& worker, const int64_t* arg) {
       store(b + i, -removal * load(b + i));
     }
     const int64_t matrix = head * n * n;
-    delta_step<fixed>(n, (const float*)worker.call->in[arg[11]] + matrix,
+    delta_step<fixed>(n, n, (const float*)worker.call->in[arg[11]] + matrix,
                       (float*)worker.call->out[arg[11]] + matrix, w, a, b, k, v, r, o);
     normed_and_gated(n, o, weight, bias, eps, sum(own), v, gate, y);
   }
 }
 
-enum Kind { BARRIER, EMBED, NORMALIZE, INTERPOLATE, KEEP, MULTIPLY, WKV4, RWKV5, RWKV7 };
+enum Kind { BARRIER, EMBED, NORMALIZE, INTERPOLATE, KEEP, MULTIPLY, CONVOLVE, ROTATE, COUNT, HEADS,
+            WKV4, RWKV5, RWKV7 };
 
 static void run(const Worker& worker) {
   const Program& program = *worker.call->program;
@@ -615,6 +770,15 @@ static void run(const Worker& worker) {
       case INTERPOLATE: interpolate(worker, arg); break;
       case KEEP: keep(worker, arg); break;
       case MULTIPLY: multiply(worker, arg); break;
+      case CONVOLVE: convolve(worker, arg); break;
+      case ROTATE: rotate(worker, arg); break;
+      case COUNT: count(worker, arg); break;
+      case HEADS:
+        if (arg[6] == 64 && !(arg[8] & DIVIDE))
+          heads<64>(worker, arg);
+        else
+          heads<0>(worker, arg);
+        break;
       case WKV4: wkv4(worker, arg); break;
       case RWKV5:
         if (arg[6] == 64)

@@ -18,6 +18,7 @@ FOLDER = Path(__file__).parent
 
 _POINTER = [ctypes.c_void_p]
 
+
 class Library:
     """The functions of the compiled library, by name and dtype."""
 

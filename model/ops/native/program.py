@@ -5,11 +5,13 @@ packed into one stretch of memory when the program is finished. Between barriers
 on its own share, so a vector that is computed in shares may be read whole only after a `barrier`.
 """
 
+import itertools
 import math
 import mmap
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,18 +20,14 @@ from torch import Tensor
 
 from model.ops.native.packing import BLOCK, FORMATS, ROWS, PackedMatrix, pack
 
-ACTIVATIONS = ("none", "tanh", "sigmoid", "squared_relu", "silu")
+ACTIVATIONS = (
+    *("none", "tanh", "sigmoid", "squared_relu", "silu"),
+    *("softplus", "log_sigmoid", "elu_plus_one"),
+)
 """In the order of the kernel's `Activation`."""
 KINDS = (
-    "barrier",
-    "embed",
-    "normalize",
-    "interpolate",
-    "keep",
-    "multiply",
-    "wkv4",
-    "rwkv5",
-    "rwkv7",
+    *("barrier", "embed", "normalize", "interpolate", "keep", "multiply"),
+    *("convolve", "rotate", "count", "heads", "wkv4", "rwkv5", "rwkv7"),
 )
 """In the order of the kernel's `Kind`."""
 WORDS = 24
@@ -50,8 +48,12 @@ class Vector(NamedTuple):
 
     def split(self, count: int) -> "list[Vector]":
         """Its parts, of equal size."""
-        size = self.size // count
-        return [Vector(self.offset + i * size, size, self.own) for i in range(count)]
+        return self.cut(*count * (self.size // count,))
+
+    def cut(self, *sizes: int) -> "list[Vector]":
+        """Its parts, of these sizes."""
+        starts = itertools.accumulate(sizes, initial=self.offset)
+        return [Vector(start, size, self.own) for start, size in zip(starts, sizes, strict=False)]
 
 
 class _Place(NamedTuple):
@@ -64,6 +66,57 @@ LOGITS = Vector(-1, 0, False)
 """Where the logits of the next token go."""
 
 Argument = int | float | bool | Vector | _Place | None
+
+
+@dataclass(frozen=True)
+class HeadRule:
+    """What `Program.heads` does beside `S = w S + k v^T`, `o = scale q S`; None leaves it out."""
+
+    num_heads: int
+    """H, of v and the state."""
+    num_queries: int
+    """Heads of q and k, a divisor of H: so many neighbours share one."""
+    scale: float = 1.0
+    is_delta: bool = False
+    """`S = (w + b a^T) S + b v^T` with `b = strength k` and `a = -w k`."""
+    is_unit: bool = False
+    """q and k divided by their lengths."""
+    strength: Vector | None = None
+    """`[H]`, factor of what is written."""
+    strength_scale: float = 1.0
+    log_decay: Vector | None = None
+    """`[H]`, or `[H K]`: the log-decay is this times scale and rate; 1 if None."""
+    is_by_channel: bool = False
+    """Whether it is `[H K]`."""
+    decay_scale: float = 0.0
+    rate: Tensor | None = None
+    """`[H]`."""
+    divide_eps: float | None = None
+    """Divides by the sum of weights, which the state's last column carries, plus this."""
+    skip: Tensor | None = None
+    """`[H]`: the value times this is added."""
+    norm: Tensor | None = None
+    """`[V]`, weights of an RMS norm over each head."""
+    norm_eps: float = 0.0
+    gate: Vector | None = None
+    """`[H V]`, factor at the end."""
+
+    def flags(self) -> int:
+        """The kernel's `HeadFlag`s."""
+        decay = self.log_decay is not None
+        given = (
+            self.is_delta,
+            self.is_unit,
+            self.strength is not None,
+            decay and self.is_by_channel,
+            decay and not self.is_by_channel,
+            self.rate is not None,
+            self.divide_eps is not None,
+            self.skip is not None,
+            self.norm is not None,
+            self.gate is not None,
+        )
+        return sum(1 << place for place, flag in enumerate(given) if flag)
 
 
 class FinishedProgram(NamedTuple):
@@ -214,6 +267,60 @@ class Program:
             x.size,
             factor is not None,
             factor,
+        )
+        return out
+
+    def convolve(
+        self,
+        x: Vector,
+        slot: Any,
+        taps: Tensor,
+        bias: Tensor | None,
+        *,
+        first: int = 0,
+        channels: int | None = None,
+    ) -> Vector:
+        """The short convolution with its silu, channels shared between the threads as rows are.
+
+        Args:
+            x: the token, at least in the thread's own channels.
+            slot: the state's window.
+            taps: `[size, D]`, those of x only.
+            bias: `[D]`, of x only.
+            first: x's first channel in the window.
+            channels: of the window; those of x if None.
+        """
+        out, stride = self.vector(x.size), _padded(x.size)
+        rows = torch.nn.functional.pad(taps, (0, stride - x.size))
+        self._add(
+            "convolve",
+            *(x, out, x.size, slot, first, channels or x.size, len(taps)),
+            *(self._place(rows), stride, self._row(bias)),
+        )
+        return out
+
+    def rotate(self, x: Vector, slot: Any, *, num_heads: int, base: float) -> None:
+        """Rotary positions of a vector, in place, heads shared between the threads."""
+        self._add("rotate", x, num_heads, x.size // num_heads, slot, float(base))
+
+    def count(self, slot: Any) -> None:
+        """One more token; no thread may still want the old number."""
+        self._add("count", slot)
+
+    def heads(self, q: Vector, k: Vector, v: Vector, slot: Any, rule: "HeadRule") -> Vector:
+        """The additive or the delta recurrence, heads shared between the threads.
+
+        q, k, v and what the rule names must be whole, at least in the thread's own heads.
+        """
+        out, flags = self.vector(v.size), rule.flags()
+        decay = rule.log_decay or out
+        self._add(
+            "heads",
+            *(q, k, v, out, rule.num_heads, q.size // rule.num_queries),
+            *(v.size // rule.num_heads, slot, flags, rule.num_heads // rule.num_queries),
+            *(float(rule.scale), rule.strength or out, float(rule.strength_scale)),
+            *(decay, float(rule.decay_scale), self._row(rule.rate), float(rule.divide_eps or 0.0)),
+            *(self._row(rule.skip), self._row(rule.norm), float(rule.norm_eps), rule.gate or out),
         )
         return out
 
