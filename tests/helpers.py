@@ -6,9 +6,10 @@ A check takes the function under test, so that the tests can also feed it a brok
 from dataclasses import replace
 from functools import cache, partial
 
+import pytest
 import torch
 
-from model.ops import OPS
+from model.ops import FORMS, OPS, native
 from train.verify.inputs import (
     CASES,
     DECAYS,
@@ -50,6 +51,7 @@ __all__ = [
     "check_rows",
     "check_untouched",
     "cut_time",
+    "every_way",
     "flatten",
     "has_heads",
     "in_pieces",
@@ -60,12 +62,33 @@ __all__ = [
     "outputs_before",
     "run",
     "variants",
+    "way",
+    "ways",
 ]
 
 
+def ways(op):
+    """The ways to run an op: its forms in PyTorch, and `native` where it has compiled kernels."""
+    has_kernels = OPS[op].native is not None and native.is_available()
+    return (*FORMS, "native") if has_kernels else FORMS
+
+
+def way(op, name):
+    """The op, run that way."""
+    if name == "native":
+        return OPS[op].form("chunked", backend="native")
+    return OPS[op].form(name, backend="torch")
+
+
+def every_way(*ops):
+    """Runs a test for each way of each op."""
+    found = [pytest.param(op, name, id=f"{op}-{name}") for op in ops for name in ways(op)]
+    return pytest.mark.parametrize(("op", "form"), found)
+
+
 def variants(op, *chunk_sizes):
-    """The forms of an op by name, the chunked one with each chunk size; None is its default."""
-    found = {"parallel": OPS[op].parallel, "recurrent": OPS[op].recurrent}
+    """The ways to run an op by name, the chunked one with each chunk size; None is its default."""
+    found = {name: way(op, name) for name in ways(op) if name != "chunked"}
     for size in chunk_sizes:
         chosen = {} if size is None else {"chunk_size": size}
         found[f"chunked_{size or 'default'}"] = partial(OPS[op].chunked, **chosen)

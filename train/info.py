@@ -22,7 +22,7 @@ from model.config import SIZES
 from model.language_model import LanguageModel
 from model.layers import MIXERS
 from model.layers.attention import AttentionOptions
-from model.ops import FORMS, OPS
+from model.ops import FORMS, OPS, native
 from model.ops.scores import SCORES
 from model.presets import preset
 from train.checkpoint import TOKENIZER, load_model, read_tokenizer
@@ -95,6 +95,7 @@ def machine_info() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+            "recurrences": native.status(),
             "devices": ", ".join(devices) or "cpu",
         },
         "sizes": [

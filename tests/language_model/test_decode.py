@@ -21,7 +21,7 @@ from model.layers import MIXERS
 from model.layers.layer import Layer
 from model.layers.rwkv7 import RWKV7, RWKV7Options
 from model.ops import native
-from model.ops.native.library import INSTRUCTION_SETS, library
+from model.ops.native.loading import INSTRUCTION_SETS, library
 from model.ops.native.packing import FORMATS, pack, rounded
 from model.state import map_tensors
 

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from helpers import Case, has_heads, make_inputs
+from helpers import Case, every_way, has_heads, make_inputs, way
 
 from model.ops import FORMS, OPS
 
@@ -12,11 +12,10 @@ every_form = pytest.mark.parametrize("form", FORMS)
 every_op = pytest.mark.parametrize("op", OPS)
 
 
-@every_form
-@every_op
+@every_way(*OPS)
 def test_all_forms_take_the_same_arguments(op, form):
     expected = dict(inspect.signature(OPS[op].recurrent).parameters)
-    actual = dict(inspect.signature(OPS[op].form(form)).parameters)
+    actual = dict(inspect.signature(way(op, form)).parameters)
     if form == "chunked":
         chunk_size = actual.pop("chunk_size")
         assert chunk_size.kind == chunk_size.KEYWORD_ONLY
@@ -81,12 +80,11 @@ MISTAKES = {
 }
 
 
-@every_form
+@every_way(*(op for op in OPS if has_heads(op)))
 @pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.parametrize("op", [op for op in OPS if has_heads(op)])
 def test_shapes_that_do_not_fit_are_refused(op, mistake, form):
     change, message = MISTAKES[mistake]
-    function, inputs = OPS[op].form(form), make_inputs(op, Case())
+    function, inputs = way(op, form), make_inputs(op, Case())
     changed = change(inputs)
     if not changed.keys() <= inspect.signature(function).parameters.keys():
         with pytest.raises(TypeError, match="unexpected keyword"):
@@ -119,30 +117,29 @@ CHANNEL_MISTAKES = {
 }
 
 
-@every_form
+@every_way("wkv4")
 @pytest.mark.parametrize("mistake", CHANNEL_MISTAKES)
-def test_shapes_of_channels_that_do_not_fit_are_refused(mistake, form):
+def test_shapes_of_channels_that_do_not_fit_are_refused(op, mistake, form):
     change, message = CHANNEL_MISTAKES[mistake]
     inputs = make_inputs("wkv4", Case(state=True))
     with pytest.raises(ValueError, match=message):
-        OPS["wkv4"].form(form)(**inputs | change(inputs))
+        way(op, form)(**inputs | change(inputs))
 
 
-@every_form
-@pytest.mark.parametrize("op", ["additive", "delta"])
+@every_way("additive", "delta")
 def test_a_transposed_state_is_refused(op, form):
     inputs = make_inputs(op, Case(state=True))
     inputs["initial_state"] = inputs["initial_state"].mT
     message = r"initial_state must be \[2, 2, 8, 12\], but is \[2, 2, 12, 8\]"
     with pytest.raises(ValueError, match=message):
-        OPS[op].form(form)(**inputs)
+        way(op, form)(**inputs)
 
 
-@every_form
-def test_a_normalised_state_has_one_column_more(form):
-    inputs = make_inputs("additive", Case(state=True)) | {"normalize": True}
+@every_way("additive")
+def test_a_normalised_state_has_one_column_more(op, form):
+    inputs = make_inputs(op, Case(state=True)) | {"normalize": True}
     with pytest.raises(ValueError, match=r"initial_state must be \[2, 2, 8, 13\]"):
-        OPS["additive"].form(form)(**inputs)
+        way(op, form)(**inputs)
 
 
 @every_form

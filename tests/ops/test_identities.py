@@ -6,13 +6,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import CASES, Case, assert_close, make_inputs, map_tensors, run
+from helpers import (
+    CASES,
+    Case,
+    assert_close,
+    every_way,
+    make_inputs,
+    map_tensors,
+    run,
+    way,
+    ways,
+)
 from torch import Tensor
 
 from model.ops import FORMS, OPS
 from model.ops.wkv4 import WKV4State
 
 every_form = pytest.mark.parametrize("form", FORMS)
+every_way_of_recurrences = pytest.mark.parametrize("form", ways("delta"))
 
 
 def scalars(op, case):
@@ -116,55 +127,53 @@ def test_softmax_of_two_tokens_by_hand():
         torch.testing.assert_close(o.flatten(), torch.tensor([2.0, 8.0]))
 
 
-@every_form
-@pytest.mark.parametrize("op", ["additive", "delta"])
+@every_way("additive", "delta")
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_a_decay_of_zero_is_no_decay(op, form, per_channel):
     case = Case(decay="zero", per_channel=per_channel, state=True, reset=True, time=40)
     inputs = make_inputs(op, case)
-    actual = run(OPS[op].form(form), inputs)
+    actual = run(way(op, form), inputs)
     del actual["grad log_decay"], inputs["log_decay"]
-    assert_close(actual, run(OPS[op].form(form), inputs), torch.float64)
+    assert_close(actual, run(way(op, form), inputs), torch.float64)
 
 
-@every_form
-@pytest.mark.parametrize("op", ["additive", "delta"])
+@every_way("additive", "delta")
 def test_a_decay_for_each_head_is_one_for_all_its_channels(op, form):
     inputs = make_inputs(op, Case(decay="weak", per_channel=False, state=True, time=40))
-    expected = run(OPS[op].form(form), inputs)
+    expected = run(way(op, form), inputs)
 
     def broadcast(*, log_decay, **rest):
-        return OPS[op].form(form)(log_decay=log_decay[..., None].expand_as(rest["k"]), **rest)
+        return way(op, form)(log_decay=log_decay[..., None].expand_as(rest["k"]), **rest)
 
     assert_close(run(broadcast, inputs), expected, torch.float64)
 
 
-@every_form
+@every_way_of_recurrences
 @pytest.mark.parametrize("name", ["state", "head_mixed_reset", "infinite_reset"])
 def test_delta_that_removes_nothing_is_additive(form, name):
     inputs = make_inputs("additive", replace(CASES[name], time=40))
 
     def delta(**rest):
         nothing = torch.zeros_like(rest["k"])
-        return OPS["delta"].form(form)(a=nothing, b=nothing, **rest)
+        return way("delta", form)(a=nothing, b=nothing, **rest)
 
     assert_close(run(delta, inputs), run(OPS["additive"].recurrent, inputs), torch.float64)
 
 
-@every_form
+@every_way_of_recurrences
 @pytest.mark.parametrize("decay", [None, "zero"])
 def test_a_bonus_of_one_without_decay_reads_after_the_write(form, decay):
     inputs = make_inputs("additive", Case(decay=decay, state=True, reset=True, time=40))
-    expected = run(OPS["additive"].form(form), inputs)
+    expected = run(way("additive", form), inputs)
     ones = torch.ones(2, 8, dtype=torch.float64)
-    actual = run(OPS["additive"].form(form), inputs | {"bonus": ones})
+    actual = run(way("additive", form), inputs | {"bonus": ones})
     del actual["grad bonus"]
     expected.pop("grad log_decay", None)
     actual.pop("grad log_decay", None)  # other tokens' decays count in each kind of read
     assert_close(actual, expected, torch.float64)
 
 
-@every_form
+@every_way_of_recurrences
 @pytest.mark.parametrize("name", ["normalize_mixed", "normalize_bonus_head"])
 def test_the_normaliser_is_a_column_of_ones(form, name):
     inputs = make_inputs("additive", replace(CASES[name], time=40))
@@ -172,19 +181,18 @@ def test_the_normaliser_is_a_column_of_ones(form, name):
     def by_hand(*, normalize, v, eps=1e-6, **rest):
         assert normalize
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-        o, state = OPS["additive"].form(form)(v=v, **rest)
+        o, state = way("additive", form)(v=v, **rest)
         return o[..., :-1] / (o[..., -1:] + eps), state
 
     expected = run(by_hand, inputs)
-    assert_close(run(OPS["additive"].form(form), inputs), expected, torch.float64)
+    assert_close(run(way("additive", form), inputs), expected, torch.float64)
 
 
-@every_form
-@pytest.mark.parametrize("op", ["additive", "delta"])
+@every_way("additive", "delta")
 def test_scale_multiplies_the_queries(op, form):
     inputs = make_inputs(op, Case(decay="weak", state=True, scale=-0.3))
-    o, state = OPS[op].form(form)(**inputs)
-    expected, same = OPS[op].form(form)(**inputs | {"q": -0.3 * inputs["q"], "scale": 1.0})
+    o, state = way(op, form)(**inputs)
+    expected, same = way(op, form)(**inputs | {"q": -0.3 * inputs["q"], "scale": 1.0})
     torch.testing.assert_close(o, expected)
     torch.testing.assert_close(state, same)
 
@@ -217,13 +225,13 @@ def test_wkv4_is_its_formula(name):
         np.testing.assert_allclose([part[b, d] for part in final_state], expected, rtol=1e-9)
 
 
-@every_form
+@every_way_of_recurrences
 def test_wkv4_without_decay_and_bonus_is_a_running_softmax_over_the_keys(form):
     inputs = make_inputs("wkv4", Case(decay="zero", time=40)) | {
         "bonus": torch.zeros(8, dtype=torch.float64)
     }
     k, v = inputs["k"], inputs["v"]
-    o, state = OPS["wkv4"].form(form)(**inputs)
+    o, state = way("wkv4", form)(**inputs)
     for t in range(40):
         mean = (k[:, : t + 1].softmax(dim=1) * v[:, : t + 1]).sum(dim=1)
         torch.testing.assert_close(o[:, t], mean)
@@ -232,34 +240,34 @@ def test_wkv4_without_decay_and_bonus_is_a_running_softmax_over_the_keys(form):
     torch.testing.assert_close(state.num / state.den, o[:, -1])
 
 
-@every_form
+@every_way_of_recurrences
 def test_wkv4_that_forgets_at_once_sees_itself_and_the_token_before(form):
     inputs = make_inputs("wkv4", Case(decay="wiped", time=40))
     k, v, u = inputs["k"], inputs["v"], inputs["bonus"]
     own = torch.sigmoid(u + k - torch.cat([torch.full_like(k[:, :1], -torch.inf), k[:, :-1]], 1))
     expected = own * v + (1 - own) * torch.cat([torch.zeros_like(v[:, :1]), v[:, :-1]], dim=1)
-    o, state = OPS["wkv4"].form(form)(**inputs)
+    o, state = way("wkv4", form)(**inputs)
     torch.testing.assert_close(o, expected)
     torch.testing.assert_close(state.num, v[:, -1])
     torch.testing.assert_close(state.max, k[:, -1])
 
 
-@every_form
+@every_way_of_recurrences
 def test_a_state_of_wkv4_counts_by_its_weights_whatever_their_common_factor(form):
     """The same weights with another factor: equal outputs, and a state with the same weights."""
     inputs = make_inputs("wkv4", Case(state=True, time=40))
     num, den, largest = inputs["initial_state"]
     heavy = WKV4State(num * math.exp(9), den * math.exp(9), largest - 9 + 500)
     inputs = inputs | {"initial_state": WKV4State(num, den, largest + 500)}
-    o, state = OPS["wkv4"].form(form)(**inputs)
-    same, told_otherwise = OPS["wkv4"].form(form)(**inputs | {"initial_state": heavy})
+    o, state = way("wkv4", form)(**inputs)
+    same, told_otherwise = way("wkv4", form)(**inputs | {"initial_state": heavy})
     torch.testing.assert_close(same, o)
     for part in (0, 1):
         torch.testing.assert_close(told_otherwise[part] / math.exp(9), state[part])
     torch.testing.assert_close(told_otherwise.max, state.max - 9)
 
 
-@every_form
+@every_way_of_recurrences
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("shift", [500.0, -500.0])
 def test_wkv4_counts_only_differences_of_keys(form, shift, dtype):
@@ -279,10 +287,10 @@ def test_wkv4_counts_only_differences_of_keys(form, shift, dtype):
 
     expected = run(OPS["wkv4"].recurrent, at(0.0, torch.float64))
     expected["final_state.max"] += shift
-    assert_close(run(OPS["wkv4"].form(form), at(shift, dtype)), expected, dtype)
+    assert_close(run(way("wkv4", form), at(shift, dtype)), expected, dtype)
 
 
-@every_form
+@every_way_of_recurrences
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("decay", ["mixed", "infinite", "wide"])
 def test_keys_of_any_size_do_not_overflow_wkv4(form, decay, dtype):
@@ -291,4 +299,4 @@ def test_keys_of_any_size_do_not_overflow_wkv4(form, decay, dtype):
         return inputs | {"k": (300 * inputs["k"]).clamp(-500, 500), "bonus": 90 * inputs["bonus"]}
 
     expected = run(OPS["wkv4"].recurrent, enlarged(torch.float64))
-    assert_close(run(OPS["wkv4"].form(form), enlarged(dtype)), expected, dtype)
+    assert_close(run(way("wkv4", form), enlarged(dtype)), expected, dtype)

@@ -12,12 +12,15 @@ from helpers import (
     check_form,
     check_rows,
     check_untouched,
+    every_way,
     has_heads,
     in_pieces,
     map_tensors,
+    way,
+    ways,
 )
 
-from model.ops import FORMS, OPS
+from model.ops import OPS
 from model.ops.scores import SCORES
 from model.ops.wkv4 import WKV4State
 
@@ -194,31 +197,35 @@ def plantable(op, bug):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    ("op", "bug"), [(op, bug) for op in OPS for bug in VALUE_BUGS if plantable(op, bug)]
+    ("op", "form", "bug"),
+    [
+        (op, form, bug)
+        for op in OPS
+        for form in ways(op)
+        for bug in VALUE_BUGS
+        if plantable(op, bug)
+    ],
 )
 def test_a_wrong_value_is_caught(op, form, bug, dtype):
     name, plant, _ = VALUE_BUGS[bug]
-    function = OPS[op].form(form)
+    function = way(op, form)
     check_form(function, op, CASES[name], dtype)
-    with pytest.raises(AssertionError, match="off by|, not "):
+    with pytest.raises(AssertionError, match=r"off by|, not "):
         check_form(plant(function), op, CASES[name], dtype)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("op", MATRIX_STATE)
+@every_way(*MATRIX_STATE)
 def test_a_transposed_state_is_caught_by_its_values_where_its_shape_fits(op, form):
     case = replace(CASES["state"], value_dim=8)
     with pytest.raises(AssertionError, match="final_state is off by"):
-        check_form(transposed_final_state(OPS[op].form(form)), op, case, torch.float64)
+        check_form(transposed_final_state(way(op, form)), op, case, torch.float64)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("op", OPS)
+@every_way(*OPS)
 def test_too_little_precision_is_caught(op, form):
     with pytest.raises(AssertionError, match="off by"):
-        check_form(single_precision(OPS[op].form(form)), op, CASES["state"], torch.float64)
+        check_form(single_precision(way(op, form)), op, CASES["state"], torch.float64)
 
 
 def test_nan_is_caught():

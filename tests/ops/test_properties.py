@@ -21,9 +21,11 @@ from helpers import (
     map_tensors,
     oracle,
     run,
+    way,
+    ways,
 )
 
-from model.ops import FORMS, OPS
+from model.ops import OPS
 from model.ops.attention import KVCache
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -36,7 +38,7 @@ def rows(*names, **changes):
     found = [
         pytest.param(op, form, replace(CASES[name], **changes), id=f"{op}-{form}-{name}")
         for op in OPS
-        for form in FORMS
+        for form in ways(op)
         for name in names
         if CASES[name].applies_to(op)
     ]
@@ -60,7 +62,7 @@ both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], i
 
 
 def variant(op, form, chunk_size=CHUNK_SIZE):
-    function = OPS[op].form(form)
+    function = way(op, form)
     return partial(function, chunk_size=chunk_size) if form == "chunked" else function
 
 

@@ -6,9 +6,7 @@ that of a decay of -50 would count for nothing.
 
 import pytest
 import torch
-from helpers import Case, assert_close, make_inputs, run
-
-from model.ops import OPS
+from helpers import Case, assert_close, make_inputs, run, way, ways
 
 TIME, CHANNELS = 4096, 8
 
@@ -48,7 +46,7 @@ STRONG = {
 
 
 def check(op, log_decay, parts, **changes):
-    """Outputs, final state and all gradients of the chunked form in float32, part by part.
+    """Outputs, final state and all gradients in float32, part by part, chunked and native.
 
     Args:
         op: the op.
@@ -57,16 +55,22 @@ def check(op, log_decay, parts, **changes):
         changes: of the case.
     """
     case = Case(**{"state": True, "batch": 1, "time": TIME, "value_dim": 4} | changes)
-    results = []
-    for form, dtype in (("recurrent", torch.float64), ("chunked", torch.float32)):
+
+    def results(form, dtype):
         inputs = make_inputs(op, case, dtype) | {"log_decay": log_decay.to(dtype)}
-        results.append(run(OPS[op].form(form), inputs))
-    for part, take in parts.items():
-        expected, actual = ({n: take(n, x) for n, x in r.items()} for r in results)
-        try:
-            assert_close(actual, expected, torch.float32)
-        except AssertionError as error:
-            raise AssertionError(f"{part}: {error}") from error
+        return run(way(op, form), inputs)
+
+    expected = results("recurrent", torch.float64)
+    for form in ways(op):
+        if form not in ("chunked", "native"):
+            continue
+        actual = results(form, torch.float32)
+        for part, take in parts.items():
+            both = ({n: take(n, x) for n, x in r.items()} for r in (actual, expected))
+            try:
+                assert_close(*both, torch.float32)
+            except AssertionError as error:
+                raise AssertionError(f"{form}, {part}: {error}") from error
 
 
 def head(number):

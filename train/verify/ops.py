@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from model.ops import OPS, Op
+from model.ops import OPS, Op, native
 from train.verify.definitions import DEFINITIONS
 from train.verify.inputs import CASES, Case, check_arguments, make_inputs
 from train.verify.running import Function, Inputs
@@ -56,8 +56,11 @@ class OpSubject:
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """Every field of the row that holds a function."""
-        return tuple(n for n in self.op._fields if getattr(self.op, n) is not None)
+        """Every field of the row that holds a function; native kernels where they are compiled."""
+        missing = () if native.is_available() else ("native",)
+        return tuple(
+            n for n in self.op._fields if getattr(self.op, n) is not None and n not in missing
+        )
 
     def function(self, form: str, dtype: torch.dtype, chunk_size: int | None) -> Function:
         """One form."""

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops import additive, delta, wkv4
+from model.ops import additive, delta
 from model.ops.decay import state_dtype
-from model.ops.native.library import is_available, library, status
+from model.ops.native.decays import decays_now, decays_op
+from model.ops.native.loading import is_available, library, status
 from model.ops.native.scan import scan_now, scan_op
 from model.ops.native.wkv4 import wkv4_now, wkv4_op
 from model.ops.wkv4 import WKV4State
+from model.ops.wkv4 import prepare as prepare_wkv4
 
 __all__ = ["is_available", "library", "native_additive", "native_delta", "native_wkv4", "status"]
 
@@ -80,7 +82,7 @@ def native_wkv4(
     Arguments, results and errors as `recurrent_wkv4`; there is no second derivative.
     """
     dtype, output_dtype = state_dtype(k, v), v.dtype
-    k, v, decay, bonus, state = wkv4.prepare(k, v, log_decay, bonus, reset, initial_state)
+    k, v, decay, bonus, state = prepare_wkv4(k, v, log_decay, bonus, reset, initial_state)
     tensors = [k, v.double(), decay, bonus, reset, *(x.double() for x in state)]
     keep, is_plain = _needs(tensors)
     run: Any = wkv4_now if is_plain else wkv4_op
@@ -93,8 +95,14 @@ def _needs(tensors: list[Tensor | None]) -> tuple[bool, bool]:
 
     That is where none may follow and nothing is traced: PyTorch's dispatcher costs more than a
     token.
+
+    Raises:
+        ValueError: for a tensor that is not on the CPU.
     """
     given = [x for x in tensors if x is not None]
+    for x in given:
+        if not x.is_cpu:
+            raise ValueError(f"the native kernels need all tensors on the CPU, not on {x.device}")
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     is_plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in given)
     return keep, is_plain and not keep and not torch.compiler.is_compiling()
@@ -113,17 +121,14 @@ def _scan(
     initial_state: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The operator, or its forward pass alone where nothing will ask for more.
-
-    The exponential is PyTorch's, so that the gradient of `log_decay` is that of the decay times the
-    decay: 0 for -inf.
-    """
-    decay = None if log_decay is None else log_decay.to(dtype).exp()
-    tensors = [
-        None if x is None else x.to(dtype) for x in (q, k, v, a, b, decay, bonus, initial_state)
+    """The operators, or their forward passes alone where nothing will ask for more."""
+    tensors: list[Any] = [
+        None if x is None else x.to(dtype) for x in (q, k, v, a, b, log_decay, bonus, initial_state)
     ]
     tensors.insert(-1, reset)
     keep, is_plain = _needs(tensors)
+    if log_decay is not None:
+        tensors[5] = (decays_now if is_plain else decays_op)(tensors[5])
     run: Any = scan_now if is_plain else scan_op
     o, state, _, _ = run(*tensors, scale, keep)
     return o, state

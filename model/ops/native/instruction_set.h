@@ -3,6 +3,7 @@
 namespace EBB_NAMESPACE {
 
 #include "simd.h"
+#include "exponential.h"
 #include "scan_forward.h"
 #include "scan_backward.h"
 #include "wkv4_kernels.h"

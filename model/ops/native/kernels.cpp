@@ -78,6 +78,15 @@ Real* scratch(int64_t count) {
   return static_cast<Real*>(memory.get());
 }
 
+template <class Real>
+const DecayKernels<Real>& decay_kernels() {
+#if defined(__x86_64__)
+  if (chosen == AVX512) return avx512::DECAY_KERNELS<Real>;
+  if (chosen == AVX2) return avx2::DECAY_KERNELS<Real>;
+#endif
+  return baseline::DECAY_KERNELS<Real>;
+}
+
 const Wkv4Kernels& wkv4_kernels() {
 #if defined(__x86_64__)
   if (chosen == AVX512) return avx512::WKV4_KERNELS;
@@ -124,6 +133,18 @@ int backward(const Scan<Real>& s, const ScanGradient<Real>& d, int threads) {
       kernel(s, d, index, part, part, memory);
     else
       for (int64_t panel = 0; panel < panels; ++panel) kernel(s, d, index, panel, 0, memory);
+  });
+}
+
+template <class Real>
+int decays(const Real* log_decay, Real* decay, int64_t batch, int64_t time, int64_t channels,
+           int threads) {
+  const auto& kernels = decay_kernels<Real>();
+  const int64_t blocks = (channels + kernels.channels - 1) / kernels.channels;
+  return for_all<Real>(batch * blocks, threads, 0, [&](int64_t item, Real*) {
+    const int64_t channel = item % blocks * kernels.channels;
+    const int64_t at = item / blocks * time * channels + channel;
+    kernels.run(log_decay + at, decay + at, time, channels, channels - channel);
   });
 }
 
@@ -182,6 +203,14 @@ EBB_EXPORT int ebb_scan_backward_f32(const Scan<float>* s, const ScanGradient<fl
 EBB_EXPORT int ebb_scan_backward_f64(const Scan<double>* s, const ScanGradient<double>* d,
                                      int threads) {
   return backward(*s, *d, threads);
+}
+EBB_EXPORT int ebb_decays_f32(const float* log_decay, float* decay, int64_t batch, int64_t time,
+                              int64_t channels, int threads) {
+  return decays(log_decay, decay, batch, time, channels, threads);
+}
+EBB_EXPORT int ebb_decays_f64(const double* log_decay, double* decay, int64_t batch, int64_t time,
+                              int64_t channels, int threads) {
+  return decays(log_decay, decay, batch, time, channels, threads);
 }
 EBB_EXPORT int ebb_wkv4_forward_f64(const Wkv4* x, int threads) { return forward(*x, threads); }
 EBB_EXPORT int ebb_wkv4_backward_f64(const Wkv4* x, const Wkv4Gradient* d, int threads) {

@@ -66,3 +66,10 @@ struct ScanKernels {
 
   static int kind(const Scan<Real>& s) { return s.a ? 2 : s.bonus ? 1 : 0; }
 };
+
+// Log-decays [T, stride] to decays, for `channels` of them at the most.
+template <class Real>
+struct DecayKernels {
+  int64_t channels;
+  void (*run)(const Real* log_decay, Real* decay, int64_t time, int64_t stride, int64_t count);
+};

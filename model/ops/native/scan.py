@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.ops.native.library import (
+from model.ops.native.loading import (
     call,
     contiguous,
     library,
@@ -107,7 +107,8 @@ def scan_now(
     removed, checkpoints = v.new_empty(shapes[0]), v.new_empty(shapes[1])
     written = {"o": o, "final": final, "removed": removed, "checkpoints": checkpoints}
     read = {"q": q, "a": a, "b": b, "bonus": bonus, "reset": reset, "initial": initial}
-    call("scan_forward", v.dtype, _describe(k, v, decay, scale, **read, **written))
+    arguments = _describe(k, v, decay, scale, **read, **written)
+    call("scan_forward", v.dtype, ctypes.byref(arguments))
     return o, final, removed, checkpoints
 
 
@@ -171,7 +172,8 @@ def scan_backward(
     for_v, for_initial = torch.empty_like(v), v.new_empty(batch, heads, key_dim, v.shape[-1])
     whole = {"o": for_o, "final": for_final, "v": for_v, "initial": for_initial}
     pointers = {n: pointer(x) for n, x in (sums | whole | {"bonus": for_bonus}).items()}
-    call("scan_backward", v.dtype, arguments, _ScanGradient(parts=parts, **pointers))
+    gradient = _ScanGradient(parts=parts, **pointers)
+    call("scan_backward", v.dtype, ctypes.byref(arguments), ctypes.byref(gradient))
 
     def joined(x: Tensor) -> Tensor:
         return x if x.numel() == 0 else x.squeeze(0) if parts == 1 else x.sum(0)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.ops.native.library import library
+from model.ops.native.loading import library
 from model.ops.native.program import FinishedProgram
 
 _LINE = 128

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.ops.native.library import call, contiguous, pointer, refuse_second_derivative
+from model.ops.native.loading import call, contiguous, pointer, refuse_second_derivative
 
 CHUNK = 32
 """Tokens between two states that the forward pass keeps for the backward pass."""
@@ -85,7 +85,7 @@ def wkv4_now(
     state = {"num": num, "den": den, "top": top}
     written = dict(zip(("final_num", "final_den", "final_top"), final, strict=True))
     arguments = _describe(k, **read, **state, o=o, **written, checkpoints=checkpoints)
-    call("wkv4_forward", torch.float64, arguments)
+    call("wkv4_forward", torch.float64, ctypes.byref(arguments))
     return o, final[0], final[1], final[2], checkpoints
 
 
@@ -135,12 +135,9 @@ def wkv4_backward(
     key = kept.pop("k")
     assert key is not None
     pointers = {name: pointer(x) for name, x in gradients.items()}
-    call(
-        "wkv4_backward",
-        torch.float64,
-        _describe(key, **kept),
-        _Wkv4Gradient(*(pointer(x) for x in given.values()), **pointers),
-    )
+    arguments = _describe(key, **kept)
+    gradient = _Wkv4Gradient(*(pointer(x) for x in given.values()), **pointers)
+    call("wkv4_backward", torch.float64, ctypes.byref(arguments), ctypes.byref(gradient))
     for_k, for_v, for_decay, for_bonus, for_initial_num, for_initial_den, for_initial_top = (
         gradients.values()
     )

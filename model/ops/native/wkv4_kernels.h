@@ -8,23 +8,6 @@ constexpr int WKV4_CHANNELS = WKV4_VECTORS * LANES<double>;
 using Doubles = Vector<double>;
 using Whole = Vector<int64_t>;
 
-// exp(x) for x <= 0, -inf included; what is below 1e-307 is 0. x = n ln 2 + r, and Taylor's series
-// for |r| <= ln(2) / 2 up to the 13th power, beyond which nothing is left of float64.
-EBB_INLINE Doubles exp_of_negative(Doubles x) {
-  const Doubles lowest = Doubles{} - 708.0, shift = Doubles{} + 6755399441055744.0;  // 1.5 * 2^52
-  const Doubles bounded = x < lowest ? lowest : x;
-  const Doubles shifted = bounded * 1.4426950408889634 + shift;
-  const Doubles n = shifted - shift;
-  const Doubles r = bounded - n * 0.693147180369123816490 - n * 1.90821492927058770002e-10;
-  Doubles sum = Doubles{} + 1.0 / 6227020800.0;
-  constexpr double factorials[] = {479001600, 39916800, 3628800, 362880, 40320, 5040,
-                                   720,       120,      24,      6,      2,     1, 1};
-#pragma GCC unroll 13
-  for (int i = 0; i < 13; ++i) sum = sum * r + 1.0 / factorials[i];
-  const Whole power = ((Whole)shifted << 52) + (int64_t(1023) << 52);  // the bits of 2^n
-  return x < lowest ? Doubles{} : sum * (Doubles)power;
-}
-
 // Weights exp(a - top) and exp(b - top) for top the larger of two logits, and whether that is a.
 struct Weights {
   Doubles a, b;
@@ -34,7 +17,7 @@ struct Weights {
 EBB_INLINE Weights weigh(Doubles a, Doubles b) {
   const Doubles difference = a - b, one = Doubles{} + 1.0;
   const Whole a_is_top = difference > 0;
-  const Doubles smaller = exp_of_negative(a_is_top ? -difference : difference);
+  const Doubles smaller = exp_of_negative<double>(a_is_top ? -difference : difference);
   return {a_is_top ? one : smaller, a_is_top ? smaller : one, a_is_top};
 }
 

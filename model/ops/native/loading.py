@@ -96,10 +96,9 @@ def status() -> str:
     return reason if found is None else f"native, {found.instruction_set()}"
 
 
-def call(name: str, dtype: torch.dtype, *structures: ctypes.Structure) -> None:
+def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
     """Calls a function of the library, on as many threads as PyTorch uses."""
-    function = library().function(name, dtype)
-    if function(*map(ctypes.byref, structures), torch.get_num_threads()):
+    if library().function(name, dtype)(*arguments, torch.get_num_threads()):
         raise MemoryError("the native kernels found no memory for their scratch")
 
 
@@ -120,9 +119,8 @@ def refuse_second_derivative(ctx: Any, *gradients: Any) -> None:
 
 
 def pointer(x: Tensor | None) -> int | None:
-    """Where a contiguous tensor begins; None for null."""
-    if x is None or x.numel() == 0:
+    """Where a contiguous tensor begins; null for None and for one without numbers."""
+    if x is None:
         return None
     assert x.is_contiguous()
-    assert x.device.type == "cpu"
     return x.data_ptr()
