@@ -18,6 +18,7 @@ from train.verify.inputs import (
     arguments,
     has_heads,
     make_inputs,
+    spread,
 )
 from train.verify.running import (
     TIMED,
@@ -61,6 +62,7 @@ __all__ = [
     "oracle",
     "outputs_before",
     "run",
+    "spread",
     "variants",
     "way",
     "ways",

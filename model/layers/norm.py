@@ -44,4 +44,5 @@ class HeadRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, H, V]` -> `[B, T, H V]`."""
-        return F.rms_norm(x, x.shape[-1:], self.weight, eps=self.eps).flatten(-2)
+        normalised = F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return (normalised * self.weight).flatten(-2)

@@ -39,12 +39,13 @@ def test_flags_that_people_rely_on(capsys):
         "eval": "data json",
         "convert": "tokenizer group-norm-eps",
         "info": "json",
+        "verify": "mixers quick full json",
     }
     for name, flags in relied_on.items():
         assert ebb(name, "-h") == 0
         text = plain(capsys.readouterr().out)
         assert all(f"--{flag}" in text for flag in flags.split())
-        assert ("CHECKPOINT" in text) == (name in ("eval", "generate", "info"))
+        assert ("CHECKPOINT" in text) == (name in ("eval", "generate", "info", "verify"))
         assert (" SRC DST " in text) == (name == "convert")
 
 
@@ -116,6 +117,12 @@ def test_overview_answers_without_loading_torch():
         (["eval", "x", "--stretch", "0"], "stretch must be at least 1, but is 0"),
         (["eval", "x", "--max-tokens", "1"], "max-tokens must be at least 2, but is 1"),
         (["eval", "x", "--threads", "0"], "threads must be at least 1, but is 0"),
+        (
+            ["verify", "--mixers", "gla,mamba9"],
+            "there is no mixer 'mamba9'; choose one of attention",
+        ),
+        (["verify", "--quick", "--full"], "choose one of --quick and --full"),
+        (["verify", "--threads", "0"], "threads must be at least 1, but is 0"),
         (["generate", "x", "--tokens", "-1"], "tokens must be at least 0, but is -1"),
     ],
 )

@@ -13,12 +13,12 @@ from helpers import (
     check_form,
     make_inputs,
     run,
-    spread,
 )
 
 from model.ops import FORMS, OPS
 from model.ops.attention import KVCache, chunked_attention, parallel_attention
 from model.ops.scores import SCORES, Score, by_rows, entmax, find_score, polynomial
+from train.verify.inputs import spread
 
 EPS = 1e-6
 SCORES_OF_A_TABLE = {n: find_score(s) for n, s in SCORES_TESTED.items() if n != "user"} | {

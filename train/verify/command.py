@@ -19,7 +19,7 @@ from rich.text import Text
 from model.layers import MIXERS
 from model.ops.scores import SCORES
 from model.presets import parse_mixer
-from train.checkpoint import load_checkpoint
+from train.checkpoint import load_model
 from train.config import at_least
 from train.progress import Display
 from train.verify import Cell, Report, Target, verify
@@ -56,7 +56,8 @@ class VerifyConfig:
     full: bool = False
     """Longer sequences, more combinations: some minutes."""
     threads: int | None = None
-    """Processor cores to use; all of them if not given."""
+    """Processes, each with one thread, for many mixers (one a core if not given); threads for a
+    checkpoint (one if not given: its tensors are mostly too small for more)."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
@@ -85,7 +86,7 @@ def verify_command(config: VerifyConfig) -> None:
         ValueError: for a checkpoint that cannot be read; or, when all is printed, for an error
             beyond its tolerance.
     """
-    models = [load_checkpoint(folder).model for folder in config.checkpoint]
+    models = [load_model(folder)[0] for folder in config.checkpoint]
     names = config.names if config.names or models else every_mixer()
     threads = config.threads or os.cpu_count() or 1
     cells: list[Cell] = []
@@ -96,7 +97,7 @@ def verify_command(config: VerifyConfig) -> None:
             cells, names = report.cells, []
         targets: list[Target] = [*names, *models]
         if targets:
-            torch.set_num_threads(threads if models else 1)
+            torch.set_num_threads(config.threads or 1 if models else 1)
             with progress(display) as advance:
                 mode = "full" if config.full else "quick"
                 cells += verify(*targets, mode=mode, advance=advance).cells

@@ -1,7 +1,7 @@
 """The recurrences once more, written out sum by sum: what the recurrent forms are checked against.
 
-Nothing here is computed by `model.ops` but a score's weights, and nothing is fast. Arguments and results are those of the
-recurrent forms, in float64.
+Nothing here is computed by `model.ops` but a score's weights, and nothing is fast. Arguments and
+results are those of the recurrent forms, in float64.
 """
 
 import torch

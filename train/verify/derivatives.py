@@ -9,6 +9,7 @@ from torch import Tensor
 from train.verify.running import Difference, Function, Inputs, all_tensors, flatten, map_tensors
 
 STEP = 1e-5
+"""Relative to the size of what is moved."""
 TOLERANCE = 1e-6
 """Central differences in float64 are off by about 1e-10 from the step and as much from rounding."""
 NEGLIGIBLE = 1e-3
@@ -43,7 +44,8 @@ def against_finite_differences(function: Function, inputs: Inputs) -> Difference
     gradients = torch.autograd.grad(weighed(o, state), [*wanted.values()], materialize_grads=True)
     slopes, sizes = {}, {}
     for (name, x), gradient in zip(wanted.items(), gradients, strict=True):
-        direction = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        size = x.detach().square().mean().sqrt().item() or 1.0  # what is a small step for x
+        direction = size * torch.randn(x.shape, generator=generator, dtype=x.dtype)
         with torch.no_grad():
             values = []
             for sign in (1.0, -1.0):
@@ -52,7 +54,7 @@ def against_finite_differences(function: Function, inputs: Inputs) -> Difference
                 x -= sign * STEP * direction
         measured = (values[0] - values[1]) / (2 * STEP)
         slopes[name] = (measured, (gradient * direction).sum().item())
-        sizes[name] = max(abs(measured), gradient.norm().item())
+        sizes[name] = max(abs(measured), size * gradient.norm().item())
     least = NEGLIGIBLE * max(sizes.values(), default=0.0)
     return max(
         (_compared(name, *slopes[name], max(sizes[name], least)) for name in slopes),

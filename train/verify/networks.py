@@ -29,7 +29,7 @@ from model.layers import MIXERS, Mixer
 from model.layers.layer import Context, Layer
 from model.ops import FORMS, OPS
 from train.verify.inputs import Case
-from train.verify.running import Function, Inputs, to_dtype
+from train.verify.running import Function, Inputs, flatten, map_tensors, to_dtype
 from train.verify.situations import (
     Situation,
     causality,
@@ -123,6 +123,14 @@ class NetworkSubject:
             self.modules[dtype] = copy.deepcopy(self.own).to(dtype)
         return self.modules[dtype]
 
+    def exceptions(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """A state has the dtype of its initial one: some are kept in float64 always."""
+        state = flatten("state", self.module(dtype).initial_state(1))
+        kinds = {name: x.dtype for name, x in state.items() if x.dtype != dtype}
+        return {
+            f"{kind}_{name}": x for name, x in kinds.items() for kind in ("final", "grad initial")
+        }
+
     def allows_for_conditioning(self) -> bool:
         """Yes: nobody has chosen the weights so that nothing is magnified."""
         return True
@@ -154,7 +162,9 @@ class NetworkSubject:
             reset[0, case.time // 2] |= case.time > 1
             inputs["reset"] = reset
         if case.state:
-            inputs["initial_state"] = to_dtype(self._state_before(case), dtype)
+            kinds = iter(flatten("", self.module(dtype).initial_state(1)).values())
+            state = self._state_before(case)
+            inputs["initial_state"] = map_tensors(lambda x: x.to(next(kinds).dtype), state)
         return inputs | self.parameters(dtype)
 
     def _state_before(self, case: Case) -> Any:
@@ -298,8 +308,7 @@ class ModelSubject(NetworkSubject):
         case = Case(state=True, reset=True, time=time)
         found = [Situation("forms", f"state and resets, T = {time}", case)]
         if full:
-            found += lengths(case, [1, self.chunk_size - 1, self.chunk_size, self.chunk_size + 1])
-            found += lengths(case, [97, 1000])
+            found += lengths(case, [3, 97, 257])  # the layers alone have the longer ones
             found.append(Situation("forms", f"no state, T = {time}", Case(time=time)))
         found.append(
             Situation(

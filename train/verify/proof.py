@@ -1,7 +1,7 @@
 """Cells of a proof: how far each form is from the definition, in each dtype and situation."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,6 +30,11 @@ ALL_TOLERANCES = {**TOLERANCE, torch.bfloat16: 5e-2}
 
 AMPLE = 10.0
 """Measured: an ill-conditioned layer's float32 error is up to 5 times what one rounding does."""
+
+
+SMALL = Case(time=4, batch=1, decay="weak", state=True, heads=1, key_dim=3, value_dim=5)
+"""For slopes: each input takes two more runs."""
+DRAWS = 4
 
 
 class Key(NamedTuple):
@@ -218,27 +223,30 @@ def _worst(
     found = _attempt(partial(_found, subject, situation, form, dtype))
     if isinstance(found, str):
         return Difference("", torch.inf, f"it fails: {found}")
-    exempt = (situation.exempt or {}).get(dtype)
-    compared = [
-        difference
-        for difference in differences(
-            found, expected, dtype, against_largest=subject.against_largest(dtype)
-        )
-        if difference.tensor != exempt
-    ]
+    compared = differences(
+        found,
+        expected,
+        dtype,
+        against_largest=subject.against_largest(dtype),
+        exceptions=subject.exceptions(dtype),
+    )
     return max(compared, key=lambda difference: difference.error)
 
 
 def _slopes(subject: Subject) -> Cell:
-    """The definition's gradients against finite differences."""
-    case = Case(time=4, batch=1, decay="weak", state=True, heads=1, key_dim=3, value_dim=5)
-    function = subject.function("recurrent", torch.float64, None)
+    """The definition's gradients against finite differences.
 
-    found = _attempt(
-        lambda: against_finite_differences(function, subject.inputs(case, torch.float64))
-    )
-    if isinstance(found, str):
-        found = Difference("", torch.inf, f"the definition fails: {found}")
+    A function may bend between the points (relu, or a small eps below a sum): then other numbers
+    are drawn, which do not give back a gradient that is lost.
+    """
+    found = Difference("", torch.inf, "")
+    for seed in range(DRAWS):
+        attempt = _attempt(partial(_slope, subject, replace(SMALL, seed=seed)))
+        if isinstance(attempt, str):
+            attempt = Difference("", torch.inf, f"the definition fails: {attempt}")
+        found = min(attempt, found, key=lambda difference: difference.error)
+        if found.error <= SLOPE_TOLERANCE:
+            break
     return Cell(
         subject.name,
         "slopes",
@@ -248,6 +256,11 @@ def _slopes(subject: Subject) -> Cell:
         SLOPE_TOLERANCE,
         found.problem,
     )
+
+
+def _slope(subject: Subject, case: Case) -> Difference:
+    function = subject.function("recurrent", torch.float64, None)
+    return against_finite_differences(function, subject.inputs(case, torch.float64))
 
 
 def _attempt(work: Callable[[], T]) -> T | str:

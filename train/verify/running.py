@@ -3,8 +3,9 @@
 Inputs go by name, so that one run, one cut and one comparison serve all three.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -96,6 +97,7 @@ def differences(
     dtype: torch.dtype,
     *,
     against_largest: float = 0.0,
+    exceptions: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> list[Difference]:
     """Every tensor's distance from what is expected, in the order of `expected`.
 
@@ -105,6 +107,7 @@ def differences(
         dtype: what the floating-point tensors of `actual` must have.
         against_largest: a gradient is measured against the largest value it should have, or
             against this fraction of the largest of all gradients, if that is more.
+        exceptions: tensors that have another dtype, by name.
     """
     if missing := expected.keys() ^ actual.keys():
         return [Difference(name, torch.inf, f"{name} is there once only") for name in missing]
@@ -115,7 +118,7 @@ def differences(
             name,
             actual[name],
             reference,
-            dtype,
+            exceptions.get(name, dtype),
             max(sizes[name], against_largest * least if name.startswith("grad ") else 0.0),
         )
         for name, reference in expected.items()

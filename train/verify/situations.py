@@ -46,6 +46,9 @@ class Subject(Protocol):
     def against_largest(self, dtype: torch.dtype) -> float:
         """The fraction of the largest gradient that others are measured against at least."""
 
+    def exceptions(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Results that have another dtype, by name."""
+
     def allows_for_conditioning(self) -> bool:
         """Whether an error counts only beyond what rounding the inputs does to the definition."""
 
@@ -78,8 +81,6 @@ class Situation:
     """What is done with the definition; None for nothing."""
     compared: Callable[[Results], Results] | None = None
     """The part of the results that is compared; None for all."""
-    exempt: dict[torch.dtype, str] | None = None
-    """A result that rounding alone puts out of reach in a dtype."""
     gradients: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)
     forms: tuple[str, ...] | None = None
