@@ -20,6 +20,7 @@ ROWS = 16
 """Rows of a tile: the lanes of a register."""
 BLOCK = 32
 """Columns that share a scale."""
+_ROWS_AT_ONCE = 16 * ROWS
 
 
 class PackedMatrix(NamedTuple):
@@ -36,9 +37,24 @@ class PackedMatrix(NamedTuple):
 
 
 def pack(matrix: Tensor, weights: str) -> PackedMatrix:
-    """Rounds `[R, C]` to a format of `FORMATS` and lays it out for the kernel."""
-    rows = matrix.shape[0]
-    matrix = _filled_up(matrix.detach().float(), 1 if weights == "fp32" else BLOCK)
+    """Rounds `[R, C]` to a format of `FORMATS` and lays it out for the kernel.
+
+    A few rows after the other, so that what is made on the way stays in the caches.
+    """
+    parts = [_pack_rows(rows, weights) for rows in torch.split(matrix.detach(), _ROWS_AT_ONCE)]
+    values, scales = zip(*parts, strict=True)
+    columns = matrix.shape[1] if weights == "fp32" else -(-matrix.shape[1] // BLOCK) * BLOCK
+    return PackedMatrix(
+        torch.cat(values),
+        torch.cat(scales) if weights in ("int8", "int4") else None,
+        matrix.shape[0],
+        columns,
+    )
+
+
+def _pack_rows(matrix: Tensor, weights: str) -> tuple[Tensor, Tensor | None]:
+    """Values and scales of whole tiles."""
+    matrix = _filled_up(matrix.float(), 1 if weights == "fp32" else BLOCK)
     scales = None
     if weights == "fp32":
         values = rearrange(matrix, "(tile row) c -> tile c row", row=ROWS)
@@ -65,7 +81,7 @@ def pack(matrix: Tensor, weights: str) -> PackedMatrix:
                 four=4,
             )
             values = low | high << 4
-    return PackedMatrix(values.flatten(), scales, rows, matrix.shape[1])
+    return values.flatten(), scales
 
 
 def rounded(matrix: Tensor, weights: str) -> Tensor:
