@@ -106,6 +106,14 @@ INLINE Floats activate(int64_t activation, Floats x) {
 
 // Matrices. A tile is 16 rows; packing.py lays it out, format by format.
 
+// So many lines of 64 bytes, a kilobyte ahead: measured, a tenth faster than the CPU's own guesses,
+// and four kilobytes ahead no faster than these.
+template <int lines>
+INLINE void fetch_ahead(const void* w) {
+#pragma GCC unroll 8
+  for (int i = 0; i < lines; ++i) __builtin_prefetch((const char*)w + 1024 + 64 * i);
+}
+
 INLINE Floats from_bfloat16(const uint16_t* p) {
   typedef uint16_t Halves __attribute__((vector_size(32)));
   Halves bits;
@@ -118,10 +126,7 @@ INLINE Floats tile_float32(const float* w, const float* x, int64_t columns) {
   Floats a = {}, b = {}, c = {}, d = {};
   int64_t i = 0;
   for (; i + 4 <= columns; i += 4, w += 4 * LANES) {
-    __builtin_prefetch(w + 1024);
-    __builtin_prefetch(w + 1024 + LANES);
-    __builtin_prefetch(w + 1024 + 2 * LANES);
-    __builtin_prefetch(w + 1024 + 3 * LANES);
+    fetch_ahead<4>(w);
     a += load(w) * x[i];
     b += load(w + LANES) * x[i + 1];
     c += load(w + 2 * LANES) * x[i + 2];
@@ -136,8 +141,7 @@ INLINE Floats tile_bfloat16(const uint32_t* w, const float* x, int64_t columns) 
   Floats a = {}, b = {}, c = {}, d = {};
   Ints pair;
   for (int64_t i = 0; i < columns; i += 4, w += 2 * LANES) {
-    __builtin_prefetch(w + 1024);
-    __builtin_prefetch(w + 1024 + LANES);
+    fetch_ahead<2>(w);
     std::memcpy(&pair, w, sizeof pair);
     a += (Floats)(pair << 16) * x[i];
     b += (Floats)(pair & (int32_t)0xffff0000) * x[i + 1];
@@ -318,8 +322,7 @@ INLINE Floats tile_integers(const uint8_t* w, const uint16_t* scales, const Quan
                             int64_t columns) {
   Floats y = {};
   for (int64_t i = 0; i < columns / BLOCK; ++i) {
-#pragma GCC unroll 8
-    for (int line = 0; line < bits; ++line) __builtin_prefetch(w + 4096 + 64 * line);
+    fetch_ahead<bits>(w);
     const int8_t *high = x.high + i * BLOCK, *low = x.low + i * BLOCK;
     const Ints total = bits == 8 ? dots_int8(w, high, low, x.sums[i])
                                  : dots_int4(w, high, low, x.sums[i]);
