@@ -18,6 +18,8 @@ from accelerate import Accelerator
 from data.loader import Batch, TrainingBatches, validation_batches
 from model.config import ModelConfig
 from model.language_model import LanguageModel
+from model.layers import MIXERS
+from model.ops import OPS, native
 from model.presets import preset
 from train import checkpoint as files
 from train.config import TrainConfig
@@ -286,6 +288,8 @@ class _Run:
             f"{config.steps * config.batch_size * config.context / data.train.tokens.size:.2f} "
             f"epochs, {torch.get_num_threads()} threads -> {self.folder}"
         )
+        if OPS[MIXERS[self.model.config.mixer].op].native and not native.is_available():
+            self.display.say(f"The recurrence runs in plain PyTorch: {native.status()}.")
         if self.progress.step:
             self.display.say(f"Going on after step {self.progress.step:,}.")
 
