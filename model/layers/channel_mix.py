@@ -10,6 +10,7 @@ from model.config import ModelConfig
 from model.layers.initializers import depth, orthogonal_, ramps
 from model.layers.layer import Context, Layer
 from model.layers.token_shift import token_shift
+from model.ops.native.program import Program, Vector
 from model.state import NoState
 
 
@@ -42,6 +43,13 @@ class SwiGLU(Layer):
     def forward(self, x: Tensor, state: NoState, context: Context) -> tuple[Tensor, NoState]:
         """`[B, T, D]` -> `[B, T, D]`."""
         return self.down(F.silu(self.gate(x)) * self.up(x)), state
+
+    def describe_step(self, program: Program, x: Vector, state: NoState, residual: Vector) -> None:
+        """`forward` for one token, in two phases."""
+        gate = program.multiply(self.gate.weight, x, activation="silu")
+        hidden = program.multiply(self.up.weight, x, factor=gate)
+        program.barrier()
+        program.multiply(self.down.weight, hidden, out=residual, add=True)
 
 
 class ShiftedChannelMix(Layer):
@@ -97,6 +105,21 @@ class RWKV4ChannelMix(ShiftedChannelMix):
         hidden = self.squared_relu(self.interpolate(x, previous, self.mix_key))
         return torch.sigmoid(receptance) * hidden, ShiftState(last)
 
+    def previous_parts(self) -> Tensor:
+        """`[2, D]`: the part of the token before in key and receptance."""
+        return 1 - torch.stack([self.mix_key, self.mix_receptance])
+
+    def describe_step(
+        self, program: Program, x: Vector, state: ShiftState, residual: Vector
+    ) -> None:
+        """`forward` for one token, in two phases."""
+        x_key, x_receptance = program.interpolate(x, state.shift, self.previous_parts())
+        hidden = program.multiply(self.key.weight, x_key, activation="squared_relu")
+        receptance = program.multiply(self.receptance.weight, x_receptance, activation="sigmoid")
+        program.barrier()
+        program.keep(x, state.shift)
+        program.multiply(self.value.weight, hidden, out=residual, add=True, factor=receptance)
+
     def initialize(self, layer: int, num_layers: int) -> None:
         """RWKV-LM, RWKV-v4neo and RWKV-v5, `RWKV_ChannelMix` and `generate_init_weight`."""
         self._initialize(ramps(self.d_model)[0] ** depth(layer, num_layers)[1])
@@ -122,6 +145,10 @@ class RWKV6ChannelMix(RWKV5ChannelMix):
         """Between the token itself and the one before, `mix` being the latter's part."""
         return torch.lerp(x, previous, mix)
 
+    def previous_parts(self) -> Tensor:
+        """`[2, D]`: the mixes themselves."""
+        return torch.stack([self.mix_key, self.mix_receptance])
+
     def initialize(self, layer: int, num_layers: int) -> None:
         """RWKV-LM, RWKV-v5/src/model.py, `RWKV_CMix_x060` and `generate_init_weight`."""
         self._initialize(1.0 - ramps(self.d_model)[0] ** depth(layer, num_layers)[1])
@@ -136,6 +163,16 @@ class RWKV7ChannelMix(ShiftedChannelMix):
         """`[B, T, D]` -> `[B, T, D]`."""
         previous, last = token_shift(x, state.shift, context.reset)
         return self.squared_relu(torch.lerp(x, previous, self.mix_key)), ShiftState(last)
+
+    def describe_step(
+        self, program: Program, x: Vector, state: ShiftState, residual: Vector
+    ) -> None:
+        """`forward` for one token, in two phases."""
+        (x_key,) = program.interpolate(x, state.shift, self.mix_key[None])
+        hidden = program.multiply(self.key.weight, x_key, activation="squared_relu")
+        program.barrier()
+        program.keep(x, state.shift)
+        program.multiply(self.value.weight, hidden, out=residual, add=True)
 
     def initialize(self, layer: int, num_layers: int) -> None:
         """RWKV-LM, RWKV-v7/train_temp/src/model.py, `RWKV_CMix_x070.__init__`."""
