@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.decode import Decoder, engine_for, engine_if_any
 from model.language_model import LanguageModel
 from model.state import ModelState, concatenate, map_tensors, select_rows, tensors
 
@@ -131,7 +132,12 @@ def prefill(
 
 
 def step(model: LanguageModel, tokens: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-    """Reads one token a row in the recurrent form: `[B]` -> logits `[B, V]` of the next, state."""
+    """Reads one token a row in the recurrent form: `[B]` -> logits `[B, V]` of the next, state.
+
+    One row goes through the native step where there is one, and equals PyTorch but for rounding.
+    """
+    if engine := engine_if_any(model, state):
+        return engine.step(int(tokens), state)
     with torch.no_grad():
         output = model(tokens[:, None].to(model.embedding.weight.device), state, form="recurrent")
     return output.logits[:, -1], output.state
@@ -155,6 +161,14 @@ class Generation(Iterator[list[int | None]]):
         stop_ids: the tokens that end a row.
         vocab_size: draw ids below this only: an official model has more than its tokenizer. None
             for all.
+        weights: what the model's matrices are rounded to, of `model.decode.FORMATS`; other than
+            fp32 for one row only, and only where there is a native step.
+
+    The weights are those of when this is made, if there is one row.
+
+    Raises:
+        ValueError: for a negative number of tokens, a `vocab_size` that the model has not, or
+            weights that cannot be had.
     """
 
     def __init__(
@@ -169,6 +183,7 @@ class Generation(Iterator[list[int | None]]):
         seen: Tensor | None = None,
         stop_ids: Collection[int] = (),
         vocab_size: int | None = None,
+        weights: str = "fp32",
     ) -> None:
         if vocab_size is not None and not 1 <= vocab_size <= logits.shape[1]:
             raise ValueError(
@@ -182,6 +197,7 @@ class Generation(Iterator[list[int | None]]):
         self._seen = torch.zeros(logits.shape, dtype=torch.bool) if seen is None else seen.clone()
         self._rows = list(range(logits.shape[0]))
         self._logits, self._state = logits, state
+        self._decoder = _decoder(model, state, weights)
         self._ended: dict[int, tuple[Tensor, ModelState]] = {}
 
     @property
@@ -194,7 +210,9 @@ class Generation(Iterator[list[int | None]]):
     @property
     def state(self) -> ModelState:
         """After everything given out so far, B rows."""
-        return self._state if not self._ended else concatenate([s for _, s in self._in_order()])
+        if not self._ended:
+            return self._state if self._decoder is None else self._decoder.state
+        return concatenate([s for _, s in self._in_order()])
 
     @property
     def seen(self) -> Tensor:
@@ -208,7 +226,10 @@ class Generation(Iterator[list[int | None]]):
         seen = self._seen[self._rows, known] if self.sampling.repetition_penalty != 1 else None
         generators = [self._generators[row] for row in self._rows]
         tokens = sample(self._logits[:, known], self.sampling, generators, seen)
-        self._logits, self._state = step(self.model, tokens, self._state)
+        if self._decoder is None:
+            self._logits, self._state = step(self.model, tokens, self._state)
+        else:
+            self._logits = self._decoder.step(int(tokens))
         self._seen[self._rows, tokens] = True
         self._left -= 1
         drawn: list[int | None] = [None] * self._seen.shape[0]
@@ -231,6 +252,8 @@ class Generation(Iterator[list[int | None]]):
         self._rows = [self._rows[place] for place in going]
 
     def _row(self, place: int) -> tuple[Tensor, ModelState]:
+        if self._decoder is not None:
+            return self._logits, self._decoder.state
         return self._logits[place : place + 1], select_rows(self._state, [place])
 
     def _in_order(self) -> list[tuple[Tensor, ModelState]]:
@@ -248,6 +271,7 @@ def generate(
     state: ModelState | None = None,
     stop_ids: Collection[int] = (),
     vocab_size: int | None = None,
+    weights: str = "fp32",
 ) -> Generation:
     """Goes on from one prompt or many, of any lengths; the rows do not influence each other.
 
@@ -260,13 +284,15 @@ def generate(
         state: B rows, of what stands before the prompts; None for nothing.
         stop_ids: the tokens that end a row.
         vocab_size: draw ids below this only; None for all that the model has.
+        weights: as of `Generation`; the prompt is read in full precision.
 
     Returns:
         An iterator of B tokens a step, None for a row that has ended. The prompts have been read.
 
     Raises:
         ValueError: for an empty prompt, a token outside the vocabulary, a state of other than B
-            rows, a seed that is negative or above 2^62, or a `vocab_size` that the model has not.
+            rows, a seed that is negative or above 2^62, a `vocab_size` that the model has not, or
+            weights that cannot be had.
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("every prompt needs a token: start a text with the end token")
@@ -293,12 +319,28 @@ def generate(
         seen=seen,
         stop_ids=stop_ids,
         vocab_size=vocab_size,
+        weights=weights,
     )
 
 
 def num_rows(state: ModelState) -> int:
     """B."""
     return next(tensor.shape[0] for _, tensor in tensors(state))
+
+
+def _decoder(model: LanguageModel, state: ModelState, weights: str) -> Decoder | None:
+    """For one row, where there is a native step.
+
+    Raises:
+        ValueError: for weights other than fp32 where there is none.
+    """
+    if weights == "fp32":
+        engine = engine_if_any(model, state)
+    elif (rows := num_rows(state)) != 1:
+        raise ValueError(f"weights in {weights} are for one text at a time, not for {rows}")
+    else:
+        engine = engine_for(model, weights)
+    return None if engine is None else Decoder(engine, state)
 
 
 def _probabilities(scores: Tensor, sampling: Sampling) -> Tensor:

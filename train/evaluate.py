@@ -17,6 +17,7 @@ import tyro
 from data.corpora import load_corpus
 from data.loader import Batch, sequential_stretches
 from data.packing import default_cache_dir, pack
+from model.decode import check_weights, with_rounded_weights
 from model.language_model import LanguageModel
 from train.checkpoint import load_checkpoint
 from train.config import at_least
@@ -105,6 +106,9 @@ class EvalConfig:
     """Tokens a forward pass; the result does not depend on it but for rounding."""
     max_tokens: int | None = None
     """Read so many at most, the first of which is not predicted; the whole text if not given."""
+    weights: str = "fp32"
+    """What the matrices are rounded to: fp32, bf16, int8 or int4, as `ebb generate --weights` keeps
+    them. The text is read twice then, to say what the rounding costs."""
     best: bool = False
     """The weights with the lowest validation loss instead of the last."""
     threads: int | None = None
@@ -123,6 +127,7 @@ class EvalConfig:
         for name in ("stretch", "threads"):
             at_least(name, getattr(self, name), 1)
         at_least("max_tokens", self.max_tokens, 2)
+        check_weights(self.weights)
 
 
 def evaluate_checkpoint(config: EvalConfig) -> None:
@@ -146,17 +151,23 @@ def evaluate_checkpoint(config: EvalConfig) -> None:
             packed = pack(corpus, checkpoint.tokenizer, default_cache_dir(), advance)
         sides = {"train": packed[:1], "validation": packed[1:], "all": packed}[config.split]
         tokens = np.concatenate([side.tokens for side in sides])[: config.max_tokens]
-        stretches = sequential_stretches(
-            tokens, context=config.stretch, end_id=checkpoint.tokenizer.end_id
-        )
-        with display.task("Evaluating", tokens.size) as advance:
-            result = evaluate(
-                checkpoint.model,
-                stretches,
-                checkpoint.tokenizer.token_bytes(),
-                carry_state=True,
-                progress=advance,
-            )
+
+        def read(name: str, model: LanguageModel) -> Evaluation:
+            with display.task(name, tokens.size) as advance:
+                return evaluate(
+                    model,
+                    sequential_stretches(
+                        tokens, context=config.stretch, end_id=checkpoint.tokenizer.end_id
+                    ),
+                    checkpoint.tokenizer.token_bytes(),
+                    carry_state=True,
+                    progress=advance,
+                )
+
+        result = exact = read("Evaluating", checkpoint.model)
+        if config.weights != "fp32":
+            rounded = with_rounded_weights(checkpoint.model, config.weights)
+            result = read(f"Evaluating {config.weights}", rounded)
     report = {
         "loss": result.loss,
         "perplexity": result.perplexity,
@@ -165,13 +176,21 @@ def evaluate_checkpoint(config: EvalConfig) -> None:
         "bytes": result.bytes,
         "data": corpus.name,
         "split": config.split,
+        "weights": config.weights,
+        "perplexity_fp32": exact.perplexity,
     }
+    cost = ""
+    if config.weights != "fp32":
+        more = 100 * math.expm1(result.loss - exact.loss)
+        cost = (
+            f", {more:+.3f} % against {exact.perplexity:.2f} without rounding to {config.weights}"
+        )
     if config.json:
         sys.stdout.write(json.dumps(report) + "\n")
     else:
         sys.stdout.write(
             f"{corpus.name} ({config.split}): {result.tokens:,} tokens, {result.bytes:,} bytes\n"
             f"loss           {result.loss:.4f} nats per token\n"
-            f"perplexity     {result.perplexity:.2f} per token\n"
+            f"perplexity     {result.perplexity:.2f} per token{cost}\n"
             f"bits per byte  {result.bits_per_byte:.4f}\n"
         )

@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import tyro
 
+from model.decode import check_weights
 from model.generation import Sampling
 from train.interrupt import Interrupted
 from train.session import Session
@@ -61,6 +62,9 @@ class GenerateConfig:
     """Report tokens per second and the size of the state."""
     best: bool = False
     """Use the weights with the lowest validation loss instead of the last."""
+    weights: str = "fp32"
+    """What the matrices are kept in to write: fp32, bf16, int8 or int4. Fewer bits are faster;
+    `ebb eval --weights` tells what they cost. The prompt is read in full precision."""
     threads: int | None = None
     """CPU threads; what PyTorch chooses if not given."""
 
@@ -76,6 +80,7 @@ class GenerateConfig:
             raise ValueError(f"threads must be at least 1, but is {self.threads}")
         if self.seed is not None and not 0 <= self.seed < 1 << 62:
             raise ValueError(f"seed must be between 0 and 2^62, but is {self.seed}")
+        check_weights(self.weights)
         if "" in self.stop:
             raise ValueError("stop must not be empty: give the string to stop at")
         if self.save_state is not None and not self.save_state.absolute().parent.is_dir():
@@ -102,7 +107,11 @@ def generate(config: GenerateConfig) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that it lacks must not end the text
         sys.stdout.reconfigure(errors="replace")
     session = Session(
-        config.checkpoint, best=config.best, state=config.load_state, seed=config.seed
+        config.checkpoint,
+        best=config.best,
+        state=config.load_state,
+        seed=config.seed,
+        weights=config.weights,
     )
     stopped: BaseException | None = None
     try:

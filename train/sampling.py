@@ -1,6 +1,7 @@
 """A sample of a model's writing, for a glance while it trains and for reports."""
 
 from data.tokenizers import Tokenizer
+from model import decode
 from model.generation import Sampling, generate
 from model.language_model import LanguageModel
 
@@ -33,5 +34,6 @@ def sample_text(
     for (token,) in drawn:
         assert token is not None
         text += stream.push(token)
+    decode.forget(model)
     model.train(was_training)
     return text + stream.finish()

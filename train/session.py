@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data.tokenizers import TextStream, pieces
 from model import state as states
+from model.decode import engine_for
 from model.generation import Generation, Sampling, num_rows, prefill
 from model.state import ModelState
 from train.checkpoint import load_checkpoint, write_atomically
@@ -76,9 +77,10 @@ class Session:
         best: the weights with the lowest validation loss instead of the last.
         state: a file to go on from; None for a new text.
         seed: of the draws; None for 0, or to go on with the draws of the saved text.
+        weights: of `model.decode.FORMATS`, what the matrices are kept in where it writes.
 
     Raises:
-        ValueError: if checkpoint or state cannot be used.
+        ValueError: if checkpoint, state or weights cannot be used.
     """
 
     def __init__(
@@ -88,9 +90,13 @@ class Session:
         best: bool = False,
         state: Path | None = None,
         seed: int | None = None,
+        weights: str = "fp32",
     ) -> None:
         self.model, self.tokenizer, _ = load_checkpoint(folder, best=best)
         self.stats = Stats()
+        self._weights = weights
+        if weights != "fp32":
+            engine_for(self.model, weights)  # says at once what is in the way
         self._source = state
         self._generator = torch.Generator().manual_seed(seed or 0)
         self._state: ModelState = self.model.initial_state(1)
@@ -162,6 +168,7 @@ class Session:
             seen=self._seen,
             stop_ids=(self.tokenizer.end_id,),
             vocab_size=self.tokenizer.vocab_size,
+            weights=self._weights,
         )
         written: list[int] = []
         begin = time.perf_counter()

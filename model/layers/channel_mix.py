@@ -10,6 +10,7 @@ from model.layers.initializers import depth, orthogonal_, ramps
 from model.layers.layer import Context, Layer
 from model.layers.token_shift import interpolations
 from model.ops import fused
+from model.ops.native.program import Program, Vector
 from model.state import NoState
 
 
@@ -42,6 +43,13 @@ class SwiGLU(Layer):
     def forward(self, x: Tensor, state: NoState, context: Context) -> tuple[Tensor, NoState]:
         """`[B, T, D]` -> `[B, T, D]`."""
         return self.down(fused.swiglu(self.gate(x), self.up(x))), state
+
+    def describe_step(self, program: Program, x: Vector, state: NoState, residual: Vector) -> None:
+        """`forward` for one token, in two phases."""
+        gate = program.multiply(self.gate.weight, x, activation="silu")
+        hidden = program.multiply(self.up.weight, x, factor=gate)
+        program.barrier()
+        program.multiply(self.down.weight, hidden, out=residual, add=True)
 
 
 class ShiftedChannelMix(Layer):
@@ -85,17 +93,28 @@ class RWKV4ChannelMix(ShiftedChannelMix):
         self.mix_receptance = nn.Parameter(torch.zeros(config.d_model))
         self.receptance = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def shift_parts(self) -> Tensor:
-        """`[2, D]`, of receptance and key: the part of the token before."""
-        return 1.0 - torch.stack([self.mix_receptance, self.mix_key])
-
     def forward(self, x: Tensor, state: ShiftState, context: Context) -> tuple[Tensor, ShiftState]:
         """`[B, T, D]` -> `[B, T, D]`."""
-        (x_receptance, x_key), last = interpolations(
-            x, state.shift, self.shift_parts(), context.reset
+        (x_key, x_receptance), last = interpolations(
+            x, state.shift, self.previous_parts(), context.reset
         )
         receptance, hidden = self.receptance(x_receptance), self.squared_relu(x_key)
         return torch.sigmoid(receptance) * hidden, ShiftState(last)
+
+    def previous_parts(self) -> Tensor:
+        """`[2, D]`: the part of the token before in key and receptance."""
+        return 1 - torch.stack([self.mix_key, self.mix_receptance])
+
+    def describe_step(
+        self, program: Program, x: Vector, state: ShiftState, residual: Vector
+    ) -> None:
+        """`forward` for one token, in two phases."""
+        x_key, x_receptance = program.interpolate(x, state.shift, self.previous_parts())
+        hidden = program.multiply(self.key.weight, x_key, activation="squared_relu")
+        receptance = program.multiply(self.receptance.weight, x_receptance, activation="sigmoid")
+        program.barrier()
+        program.keep(x, state.shift)
+        program.multiply(self.value.weight, hidden, out=residual, add=True, factor=receptance)
 
     def initialize(self, layer: int, num_layers: int) -> None:
         """RWKV-LM, RWKV-v4neo and RWKV-v5, `RWKV_ChannelMix` and `generate_init_weight`."""
@@ -118,9 +137,9 @@ class RWKV5ChannelMix(RWKV4ChannelMix):
 class RWKV6ChannelMix(RWKV5ChannelMix):
     """As in RWKV-5, but with `x_* = x + (x_prev - x) mix` (arXiv 2404.05892, section 4.3)."""
 
-    def shift_parts(self) -> Tensor:
-        """`[2, D]`, of receptance and key: the part of the token before."""
-        return torch.stack([self.mix_receptance, self.mix_key])
+    def previous_parts(self) -> Tensor:
+        """`[2, D]`: the mixes themselves."""
+        return torch.stack([self.mix_key, self.mix_receptance])
 
     def initialize(self, layer: int, num_layers: int) -> None:
         """RWKV-LM, RWKV-v5/src/model.py, `RWKV_CMix_x060` and `generate_init_weight`."""
@@ -136,6 +155,16 @@ class RWKV7ChannelMix(ShiftedChannelMix):
         """`[B, T, D]` -> `[B, T, D]`."""
         (x_key,), last = interpolations(x, state.shift, self.mix_key[None], context.reset)
         return self.squared_relu(x_key), ShiftState(last)
+
+    def describe_step(
+        self, program: Program, x: Vector, state: ShiftState, residual: Vector
+    ) -> None:
+        """`forward` for one token, in two phases."""
+        (x_key,) = program.interpolate(x, state.shift, self.mix_key[None])
+        hidden = program.multiply(self.key.weight, x_key, activation="squared_relu")
+        program.barrier()
+        program.keep(x, state.shift)
+        program.multiply(self.value.weight, hidden, out=residual, add=True)
 
     def initialize(self, layer: int, num_layers: int) -> None:
         """RWKV-LM, RWKV-v7/train_temp/src/model.py, `RWKV_CMix_x070.__init__`."""

@@ -5,7 +5,7 @@ not added to. Gated, the state decays by `alpha` a head before.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from model.layers.initializers import inverse_softplus
 from model.layers.layer import Context, Layer, at_least_single
 from model.layers.norm import HeadRMSNorm
 from model.layers.short_convolution import ShortConvolution
+from model.ops.native.program import HeadRule, Program, Vector
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,46 @@ class DeltaNet(Layer):
         )
         return self.output(self.gated(self.head_norm(o), x)), DeltaNetState(window, matrix)
 
+    def describe_step(
+        self, program: Program, x: Vector, state: DeltaNetState, residual: Vector
+    ) -> None:
+        """`forward` for one token, in two phases."""
+        vectors, width = [], x.size
+        for place, projection in enumerate((self.query, self.key, self.value)):
+            own = slice(place * width, (place + 1) * width)
+            vectors.append(
+                program.convolve(
+                    program.multiply(projection.weight, x),
+                    state.window,
+                    self.convolution.taps[:, own],
+                    None,
+                    first=own.start,
+                    channels=3 * width,
+                )
+            )
+        beta = program.multiply(self.beta.weight, x, activation="sigmoid")
+        rule = HeadRule(
+            self.num_heads,
+            self.num_heads,
+            scale=self.head_dim**-0.5,
+            is_delta=True,
+            is_unit=True,
+            strength=beta,
+            strength_scale=self.strength,
+            norm=self.head_norm.weight,
+            norm_eps=self.head_norm.eps,
+        )
+        rule = self.described_decay_and_gate(program, x, rule)
+        program.barrier()
+        q, k, v = vectors
+        y = program.heads(q, k, v, state.matrix, rule)
+        program.barrier()
+        program.multiply(self.output.weight, y, out=residual, add=True)
+
+    def described_decay_and_gate(self, program: Program, x: Vector, rule: HeadRule) -> HeadRule:
+        """The native step of `log_decay` and `gated`."""
+        return rule
+
     def log_decay(self, x: Tensor) -> Tensor | None:
         """`[B, T, H]`; None for no decay."""
         return None
@@ -128,6 +169,18 @@ class GatedDeltaNet(DeltaNet):
     def gated(self, y: Tensor, x: Tensor) -> Tensor:
         """Times `silu(W_g x)`."""
         return y * F.silu(self.gate(x))
+
+    def described_decay_and_gate(self, program: Program, x: Vector, rule: HeadRule) -> HeadRule:
+        """The native step of `log_decay` and `gated`."""
+        return replace(
+            rule,
+            log_decay=program.multiply(
+                self.decay.weight, x, bias=self.decay_bias, activation="softplus"
+            ),
+            decay_scale=1.0,
+            rate=-self.decay_rate.exp(),
+            gate=program.multiply(self.gate.weight, x, activation="silu"),
+        )
 
     def initialize(self, layer: int, num_layers: int) -> None:
         """As Mamba-2's decay: A uniform in (0, 16), steps log-uniform in (0.001, 0.1)."""

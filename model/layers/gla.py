@@ -11,6 +11,7 @@ from model.config import MixerOptions, ModelConfig
 from model.layers.layer import Context, Layer, at_least_single
 from model.layers.low_rank import LowRank
 from model.layers.norm import HeadRMSNorm
+from model.ops.native.program import HeadRule, Program, Vector
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,32 @@ class GLA(Layer):
         )
         y = self.output(self.head_norm(o) * F.silu(self.gate(x)))
         return y, MatrixState(matrix)
+
+    def describe_step(
+        self, program: Program, x: Vector, state: MatrixState, residual: Vector
+    ) -> None:
+        """`forward` for one token, in three phases."""
+        q = program.multiply(self.query.weight, x)
+        k = program.multiply(self.key.weight, x)
+        v = program.multiply(self.value.weight, x)
+        gate = program.multiply(self.gate.weight, x, bias=self.gate.bias, activation="silu")
+        hidden = self.decay.describe_down(program, x)
+        program.barrier()
+        rule = HeadRule(
+            self.num_heads,
+            self.num_heads,
+            scale=self.key_dim**-0.5,
+            log_decay=self.decay.describe_up(program, hidden, activation="log_sigmoid"),
+            is_by_channel=True,
+            decay_scale=1 / self.temperature,
+            norm=self.head_norm.weight,
+            norm_eps=self.head_norm.eps,
+            gate=gate,
+        )
+        program.barrier()
+        y = program.heads(q, k, v, state.matrix, rule)
+        program.barrier()
+        program.multiply(self.output.weight, y, out=residual, add=True)
 
     def initialize(self, layer: int, num_layers: int) -> None:
         """GPT-2's, and the low-rank matrices as the other matrices."""

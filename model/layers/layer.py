@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from model.config import MixerOptions, ModelConfig
 from model.ops import OPS
+from model.ops.native.program import Program, Vector
 
 
 @dataclass
@@ -64,6 +65,20 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, state: Any, context: Context) -> tuple[Tensor, Any]:
         """Mixes x and returns it with the state after its last token; changes neither argument."""
         raise NotImplementedError
+
+    def describe_step(self, program: Program, x: Vector, state: Any, residual: Vector) -> None:
+        """Describes one token of one text for the native step, if there is a description.
+
+        Args:
+            program: takes the instructions.
+            x: the normed token, each thread's own.
+            state: as `initial_state`, with the number of a tensor in the tensor's place.
+            residual: whole; the layer adds its result, after a barrier at least.
+
+        Raises:
+            NotImplementedError: if this layer has none; it then runs in PyTorch.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no native step")
 
     def initialize(self, layer: int, num_layers: int) -> None:
         """Draws the weights of layer number `layer` of `num_layers`; gradients are off.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from model.config import MixerOptions, ModelConfig
 from model.layers.feature_maps import elu_plus_one
 from model.layers.layer import Context, Layer, at_least_single
+from model.ops.native.program import HeadRule, Program, Vector
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,16 @@ class LinearTransformer(Layer):
         )
         y = self.output(rearrange(o, "b t h v -> b t (h v)"))
         return y, LinearTransformerState(matrix)
+
+    def describe_step(
+        self, program: Program, x: Vector, state: LinearTransformerState, residual: Vector
+    ) -> None:
+        """`forward` for one token, in two phases."""
+        q = program.multiply(self.query.weight, x, activation="elu_plus_one")
+        k = program.multiply(self.key.weight, x, activation="elu_plus_one")
+        v = program.multiply(self.value.weight, x)
+        program.barrier()
+        rule = HeadRule(self.num_heads, self.num_heads, divide_eps=self.eps)
+        y = program.heads(q, k, v, state.matrix, rule)
+        program.barrier()
+        program.multiply(self.output.weight, y, out=residual, add=True)

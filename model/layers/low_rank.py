@@ -5,6 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from model.ops.native.packing import ROWS
+from model.ops.native.program import Program, Vector
+
+_ACTIVATIONS: dict[object, str] = {None: "none", torch.tanh: "tanh", torch.sigmoid: "sigmoid"}
+"""What the native step calls them."""
+
 
 class LowRank(nn.Module):
     """`bias + activation(x down) up`, with `down [in, rank]` and `up [rank, out]`.
@@ -47,3 +53,34 @@ class LowRank(nn.Module):
         """Starts the bias `[out]` at these values."""
         assert self.bias is not None
         self.bias.copy_(values)
+
+    def describe_down(self, program: Program, x: Vector) -> Vector:
+        """The native step of `activation(x down)`."""
+        return program.multiply(
+            self.down.T,
+            x,
+            activation=_ACTIVATIONS[self.activation],
+            weights=self.step_weights(program.weights),
+        )
+
+    def describe_up(
+        self,
+        program: Program,
+        hidden: Vector,
+        grain: int | None = None,
+        activation: str = "none",
+    ) -> Vector:
+        """The native step of `activation(bias + hidden up)`; hidden must be whole."""
+        return program.multiply(
+            self.up.T,
+            hidden,
+            bias=self.bias,
+            activation=activation,
+            grain=grain or ROWS,
+            weights=self.step_weights(program.weights),
+        )
+
+    @staticmethod
+    def step_weights(weights: str) -> str:
+        """What it is kept in: small and sensitive, so that four bits are not for it."""
+        return "int8" if weights == "int4" else weights

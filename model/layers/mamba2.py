@@ -14,6 +14,7 @@ from model.layers.initializers import inverse_softplus
 from model.layers.layer import Context, Layer, at_least_single
 from model.layers.norm import RMSNorm
 from model.layers.short_convolution import ShortConvolution
+from model.ops.native.program import HeadRule, Program, Vector
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,38 @@ class Mamba2(Layer):
         )
         y = (o + self.skip[:, None] * value).flatten(-2)
         return self.output(self.norm(y * F.silu(z))), Mamba2State(window, matrix)
+
+    def describe_step(
+        self, program: Program, x: Vector, state: Mamba2State, residual: Vector
+    ) -> None:
+        """`forward` for one token, in four phases."""
+        shared = self.groups * self.state_size
+        to_z, to_convolved, to_step = torch.split(
+            self.input.weight, [self.inner, self.inner + 2 * shared, self.num_heads]
+        )
+        z = program.multiply(to_z, x, activation="silu")
+        convolved = program.multiply(to_convolved, x)
+        step = program.multiply(to_step, x, bias=self.step_bias, activation="softplus")
+        convolved = program.convolve(
+            convolved, state.window, self.convolution.taps, self.convolution.bias
+        )
+        program.barrier()
+        value, b, c = convolved.cut(self.inner, shared, shared)
+        rule = HeadRule(
+            self.num_heads,
+            self.groups,
+            strength=step,
+            log_decay=step,
+            decay_scale=1.0,
+            rate=-self.decay_rate.exp(),
+            skip=self.skip,
+            gate=z,
+        )
+        y = program.heads(c, b, value, state.matrix, rule)
+        program.barrier()
+        assert self.norm.eps is not None
+        normed = program.normalize(y, self.norm.weight, None, self.norm.eps)
+        program.multiply(self.output.weight, normed, out=residual, add=True)
 
     def initialize(self, layer: int, num_layers: int) -> None:
         """state-spaces/mamba, mamba2.py: A uniform in (1, 16), dt log-uniform in (0.001, 0.1)."""

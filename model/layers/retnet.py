@@ -12,6 +12,7 @@ from model.config import MixerOptions, ModelConfig
 from model.layers.layer import Context, Layer, at_least_single
 from model.layers.norm import HeadRMSNorm
 from model.layers.rotary import document_positions, rotate
+from model.ops.native.program import HeadRule, Program, Vector
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,32 @@ class RetNet(Layer):
         )
         y = self.output(self.head_norm(o) * F.silu(self.gate(x)))
         return y, RetNetState(matrix, position[:, -1] + 1)
+
+    def describe_step(
+        self, program: Program, x: Vector, state: RetNetState, residual: Vector
+    ) -> None:
+        """`forward` for one token, in two phases."""
+        q = program.multiply(self.query.weight, x)
+        k = program.multiply(self.key.weight, x)
+        v = program.multiply(self.value.weight, x)
+        gate = program.multiply(self.gate.weight, x, activation="silu")
+        program.barrier()
+        for vector in (q, k):
+            program.rotate(vector, state.position, num_heads=self.num_heads, base=self.rotary_base)
+        rule = HeadRule(
+            self.num_heads,
+            self.num_heads,
+            scale=self.head_dim**-0.5,
+            decay_scale=1.0,
+            rate=self.log_decay(self.head_norm.weight),
+            norm=self.head_norm.weight,
+            norm_eps=self.head_norm.eps,
+            gate=gate,
+        )
+        y = program.heads(q, k, v, state.matrix, rule)
+        program.barrier()
+        program.count(state.position)
+        program.multiply(self.output.weight, y, out=residual, add=True)
 
     def log_decay(self, like: Tensor) -> Tensor:
         """`[H]`: `log(1 - 2^(-5-h))` (equation 8), in the state's dtype."""

@@ -1,5 +1,6 @@
 """What the time mixers of RWKV-5, 6 and 7 share: heads with a matrix each, and their norm."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from model.config import MixerOptions, ModelConfig
 from model.layers.layer import Layer, at_least_single
 from model.layers.norm import HeadNorm
+from model.ops.native.packing import ROWS
+from model.ops.native.program import Program, Vector
 
 
 class RWKVState(NamedTuple):
@@ -52,6 +55,31 @@ class RWKVHeads(Layer):
     def heads(self, x: Tensor) -> Tensor:
         """`[B, T, D]` -> `[B, T, H, K]`."""
         return rearrange(x, "b t (h k) -> b t h k", h=self.num_heads)
+
+    def by_heads(self) -> int | None:
+        """Rows of a matrix that go to one thread as a head does; None where heads cut tiles."""
+        return self.head_dim if self.head_dim % ROWS == 0 else None
+
+    def describe_heads(
+        self,
+        program: Program,
+        vectors: Sequence[Vector],
+        state: RWKVState,
+        decay: Tensor | Vector,
+        bonus: Tensor,
+    ) -> Vector:
+        """The native step of RWKV-5 and 6 from receptance, key, value and gate to the output."""
+        y = program.vector(self.num_heads * self.head_dim)
+        program.rwkv5(
+            [*vectors, y],
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            slot=state.matrix,
+            decay=decay,
+            parameters=[bonus, self.head_norm.weight, self.head_norm.bias],
+            eps=self.head_norm.eps,
+        )
+        return y
 
     def initialize_head_norm(self, layer: int, num_layers: int) -> None:
         """The official `ln_x`: weaker in the first layers."""

@@ -10,7 +10,8 @@ from model.layers.initializers import depth, orthogonal_, ramps
 from model.layers.layer import Context, Layer, at_least_single
 from model.layers.rwkv import decay_ramp, zigzag
 from model.layers.token_shift import interpolations
-from model.ops.wkv4 import WKV4State
+from model.ops.native.program import Program, Vector
+from model.ops.wkv4 import WIPED, WKV4State
 
 
 class RWKV4State(NamedTuple):
@@ -64,6 +65,26 @@ class RWKV4(Layer):
         )
         y = self.output(torch.sigmoid(self.receptance(x_receptance)) * o)
         return y, RWKV4State(last, mean)
+
+    def describe_step(
+        self, program: Program, x: Vector, state: RWKV4State, residual: Vector
+    ) -> None:
+        """`forward` for one token, in two phases."""
+        x_key, x_value, x_receptance = program.interpolate(x, state.shift, 1 - self.mix)
+        key = program.multiply(self.key.weight, x_key)
+        value = program.multiply(self.value.weight, x_value)
+        receptance = program.multiply(self.receptance.weight, x_receptance, activation="sigmoid")
+        y = program.wkv4(
+            key,
+            value,
+            receptance,
+            state.mean,
+            log_decay=(-self.decay.exp()).clamp(min=WIPED),
+            bonus=self.bonus,
+        )
+        program.barrier()
+        program.keep(x, state.shift)
+        program.multiply(self.output.weight, y, out=residual, add=True)
 
     def initialize(self, layer: int, num_layers: int) -> None:
         """RWKV-LM, RWKV-v4neo/src/model.py, `RWKV_TimeMix.__init__` and `generate_init_weight`."""

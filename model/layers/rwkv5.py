@@ -10,6 +10,8 @@ from model.layers.initializers import depth, orthogonal_, ramps
 from model.layers.layer import Context
 from model.layers.rwkv import RWKVHeads, RWKVOptions, RWKVState, decay_ramp, zigzag
 from model.layers.token_shift import interpolations
+from model.ops.native.packing import ROWS
+from model.ops.native.program import Program, Vector
 
 
 class RWKV5(RWKVHeads):
@@ -45,6 +47,25 @@ class RWKV5(RWKVHeads):
         )
         y = self.output(self.head_norm.gated(o, self.gate(x_gate), silu=True))
         return y, RWKVState(last, matrix)
+
+    def describe_step(
+        self, program: Program, x: Vector, state: RWKVState, residual: Vector
+    ) -> None:
+        """`forward` for one token, in two phases."""
+        x_key, x_value, x_receptance, x_gate = program.interpolate(x, state.shift, 1 - self.mix)
+        grain = self.by_heads() or ROWS
+        receptance = program.multiply(self.receptance.weight, x_receptance, grain=grain)
+        key = program.multiply(self.key.weight, x_key, grain=grain)
+        value = program.multiply(self.value.weight, x_value, grain=grain)
+        gate = program.multiply(self.gate.weight, x_gate, activation="silu", grain=grain)
+        if self.by_heads() is None:
+            program.barrier()
+        y = self.describe_heads(
+            program, [receptance, key, value, gate], state, self.decay, self.bonus
+        )
+        program.barrier()
+        program.keep(x, state.shift)
+        program.multiply(self.output.weight, y, out=residual, add=True)
 
     def initialize(self, layer: int, num_layers: int) -> None:
         """RWKV-LM, RWKV-v5/src/model.py, `RWKV_TimeMix_RWKV5` and `generate_init_weight`."""

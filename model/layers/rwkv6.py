@@ -13,6 +13,7 @@ from model.layers.layer import Context
 from model.layers.low_rank import LowRank
 from model.layers.rwkv import RWKVHeads, RWKVOptions, RWKVState, decay_ramp, zigzag
 from model.layers.token_shift import token_shift
+from model.ops.native.program import Program, Vector
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,34 @@ class RWKV6(RWKVHeads):
         )
         y = self.output(self.head_norm.gated(o, self.gate(x_gate), silu=True))
         return y, RWKVState(last, matrix)
+
+    def describe_step(
+        self, program: Program, x: Vector, state: RWKVState, residual: Vector
+    ) -> None:
+        """`forward` for one token, in five phases. What mixes the shift stays in float32."""
+        (mixed,) = program.interpolate(x, state.shift, self.mix_base[None])
+        low = program.multiply(self.mix_down.T, mixed, activation="tanh", weights="fp32")
+        program.barrier()
+        offsets = program.vectors(len(self.mix), x.size)
+        for hidden, up, mix, out in zip(
+            low.split(len(self.mix)), self.mix_up, self.mix, offsets, strict=True
+        ):
+            program.multiply(up.T, hidden, bias=mix, out=out, weights="fp32")
+        program.barrier()
+        x_decay, x_key, x_value, x_receptance, x_gate = program.interpolate(x, state.shift, offsets)
+        receptance = program.multiply(self.receptance.weight, x_receptance)
+        key = program.multiply(self.key.weight, x_key)
+        value = program.multiply(self.value.weight, x_value)
+        gate = program.multiply(self.gate.weight, x_gate, activation="silu")
+        hidden = self.decay.describe_down(program, x_decay)
+        program.barrier()
+        program.keep(x, state.shift)
+        decay = self.decay.describe_up(program, hidden, self.by_heads())
+        if self.by_heads() is None:
+            program.barrier()
+        y = self.describe_heads(program, [receptance, key, value, gate], state, decay, self.bonus)
+        program.barrier()
+        program.multiply(self.output.weight, y, out=residual, add=True)
 
     def initialize(self, layer: int, num_layers: int) -> None:
         """RWKV-LM, RWKV-v5/src/model.py, `RWKV_Tmix_x060` and `generate_init_weight`."""

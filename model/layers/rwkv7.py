@@ -14,6 +14,8 @@ from model.layers.low_rank import LowRank
 from model.layers.rwkv import RWKVHeads, RWKVOptions, RWKVState
 from model.layers.token_shift import interpolations
 from model.ops import fused
+from model.ops.elementwise import STRONGEST_DECAY
+from model.ops.native.program import Program, Vector
 
 
 def default_rank(factor: float, d_model: int) -> int:
@@ -110,6 +112,50 @@ class RWKV7(RWKVHeads):
         own = fused.OwnValue(receptance, key, value, self.bonus)
         y = self.head_norm.gated(o, self.gate(x_gate), own=own)
         return self.output(y), RWKVState(last, matrix)
+
+    def describe_step(
+        self, program: Program, x: Vector, state: RWKVState, residual: Vector
+    ) -> None:
+        """`forward` for one token, in three phases."""
+        x_receptance, x_decay, x_key, x_value, x_iclr, x_gate = program.interpolate(
+            x, state.shift, self.mix
+        )
+        receptance = program.multiply(self.receptance.weight, x_receptance)
+        key = program.multiply(self.key.weight, x_key)
+        value = program.multiply(self.value.weight, x_value)
+        branches = [(self.decay, x_decay), (self.iclr, x_iclr), (self.gate, x_gate)]
+        if not self.is_first:
+            branches.append((self.value_residual, x_value))
+        hidden = [low_rank.describe_down(program, x) for low_rank, x in branches]
+        program.barrier()
+
+        program.keep(x, state.shift)
+        by_heads = self.by_heads()
+        decay, iclr, gate, *rest = (
+            low_rank.describe_up(program, h, by_heads)
+            for (low_rank, _), h in zip(branches, hidden, strict=True)
+        )
+        if by_heads is None:
+            program.barrier()
+        y = program.vector(residual.size)
+        program.rwkv7(
+            [receptance, key, value, program.v_first, decay, iclr, (rest or [value])[0], gate, y],
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            slot=state.matrix,
+            parameters=[
+                self.removal_scale,
+                self.iclr_scale,
+                self.bonus,
+                self.head_norm.weight,
+                self.head_norm.bias,
+            ],
+            eps=self.head_norm.eps,
+            is_first=self.is_first,
+            strongest_decay=STRONGEST_DECAY,
+        )
+        program.barrier()
+        program.multiply(self.output.weight, y, out=residual, add=True)
 
     def initialize(self, layer: int, num_layers: int) -> None:
         """RWKV-LM, RWKV-v7/train_temp/src/model.py, `RWKV_Tmix_x070.__init__`."""

@@ -6,12 +6,13 @@ in its place. The state is the KV cache, the one state here that grows with T.
 Shape legend: B batch, T time, S cached tokens, H heads, K key dim, V value dim, C chunk length.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from model.ops.decay import check_shapes, state_dtype
 from model.ops.scores import SCORES, Score, find_score
@@ -238,8 +239,48 @@ def _extend(
     return first, KVCache(_append(old.key, k), _append(old.value, v), first[:, -1])
 
 
+class _Room:
+    """Memory behind a cache's tensor, for the tokens to come."""
+
+    def __init__(self, buffer: Tensor, filled: int) -> None:
+        self.buffer = buffer
+        """`[B, H, capacity, X]`: a head is read in one go."""
+        self.filled = filled
+        """Tokens that belong to some cache and must not change."""
+
+    def part(self) -> Tensor:
+        """`[B, filled, H, X]`, which later tokens do not change."""
+        view = self.buffer[:, :, : self.filled].transpose(1, 2)
+        _ROOMS[view] = self
+        return view
+
+
+_LEAST_ROOM = 64
+"""Tokens that a room has at least."""
+
+_ROOMS: MutableMapping[Tensor, _Room] = WeakTensorKeyDictionary()
+"""The room behind each cache tensor that has some; a copy of the tensor has none."""
+
+
 def _append(old: Tensor, new: Tensor) -> Tensor:
-    """`[B, S + T, H, X]`, laid out in memory as `[B, H, S + T, X]`: a head is read in one go."""
-    if old.shape[1] == 0:
+    """`[B, S + T, H, X]`, with the new tokens behind the old; neither argument changes.
+
+    Without gradients a token costs what it writes, not what is there: it goes into the room behind
+    the old ones. Only the newest of all caches in a room may do so; a branch gets its own.
+    """
+    cached, total = old.shape[1], old.shape[1] + new.shape[1]
+    if cached == 0:
         return new
-    return torch.cat([old.transpose(1, 2), new.transpose(1, 2)], dim=2).transpose(1, 2)
+    needs_gradient = torch.is_grad_enabled() and (old.requires_grad or new.requires_grad)
+    if needs_gradient or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return torch.cat([old.transpose(1, 2), new.transpose(1, 2)], dim=2).transpose(1, 2)
+    room = _ROOMS.get(old)
+    if room is None or room.filled != cached or total > room.buffer.shape[2]:
+        batch, _, heads, width = old.shape
+        buffer = old.new_empty(batch, heads, max(2 * total, _LEAST_ROOM), width)
+        buffer[:, :, :cached] = old.detach().transpose(1, 2)
+        room = _Room(buffer, cached)
+    # `data` does not count as a change: what autograd has kept of older caches stays as it is.
+    room.buffer.data[:, :, cached:total] = new.detach().transpose(1, 2)
+    room.filled = total
+    return room.part()

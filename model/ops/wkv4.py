@@ -20,7 +20,7 @@ from model.ops.decay import Chunks, check_reset, state_dtype
 EMPTY = -1e38
 """The largest logit of a state that nothing has been written to."""
 
-_WIPED = -1e30
+WIPED = -1e30
 """Log-decays below this, -inf included, are raised to it: no key makes up for it, and unlike -inf
 it can be multiplied with 0. (The other recurrences stop at -1000, which keys could make up for.)"""
 
@@ -268,5 +268,5 @@ def prepare(
                 f"initial_state.{name} must be {[batch, width]}, but is {[*part.shape]}"
             )
     state = WKV4State(state.num.to(dtype), state.den.to(dtype), state.max.double())
-    w = log_decay.double().clamp(min=_WIPED)
+    w = log_decay.double().clamp(min=WIPED)
     return k.double(), v.to(dtype), w, bonus.double(), state

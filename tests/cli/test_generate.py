@@ -10,6 +10,7 @@ from model_helpers import ALL_MIXERS, assert_states_close, random_model, small_c
 from data.tokenizers import byte_tokenizer, train_bpe
 from model import state as states
 from model.generation import Generation, Sampling, prefill
+from model.ops import native
 from train import checkpoint
 from train.cli import main
 from train.generate import GenerateConfig, generate
@@ -238,6 +239,27 @@ def test_the_settings_of_the_draw_arrive(run, text_of):
     texts = [text_of(run, "a", tokens=16, **change) for change in changes]
     assert plain not in texts
     assert text_of(run, "a", tokens=16, top_k=1) == text_of(run, "a", tokens=16, temperature=0)
+
+
+@pytest.mark.skipif(not native.is_available(), reason=native.status())
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", "int4"])
+def test_weights_of_fewer_bits_write_and_save(weights, parrot_run, tmp_path, text_of):
+    """The parrot is so sure of itself that rounding does not change what it says."""
+    start, path = SCRIPT[:2], tmp_path / "state"
+    expected = text_of(parrot_run, start, tokens=20, temperature=0)
+    settings = {"temperature": 0, "weights": weights}
+    assert text_of(parrot_run, start, tokens=20, **settings) == expected
+    first = text_of(parrot_run, start, tokens=4, save_state=path, **settings)
+    second = text_of(parrot_run, "", tokens=16, load_state=path, **settings)
+    assert first + second == expected
+
+
+def test_weights_that_need_compiled_kernels_are_refused_without(run, monkeypatch, capsys):
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    monkeypatch.setattr(native, "status", lambda: "no compiled kernels")
+    assert main(["generate", str(run), "--prompt", "a", "--tokens", "1"]) == 0
+    assert main(["generate", str(run), "--prompt", "a", "--weights", "int8"]) == 1
+    assert "there is no native step: no compiled kernels" in capsys.readouterr().err
 
 
 def test_best_weights_are_read(tmp_path, text_of):

@@ -87,3 +87,56 @@ def test_the_old_cache_is_a_branch_to_come_back_to(form):
     again, _ = attention(**inputs)
     assert torch.equal(first, again)
     assert all(map(torch.equal, inputs["initial_state"], kept))
+
+
+def steps_from(cache, tokens, seed):
+    """The caches after each of some tokens, one at a time, without gradients."""
+    inputs = make_inputs("attention", Case(time=tokens, seed=seed, batch=cache.key.shape[0]))
+    caches, outputs = [cache], []
+    with torch.no_grad():
+        for t in range(tokens):
+            token = {n: x[:, t : t + 1] if n in TIMED else x for n, x in inputs.items()}
+            o, new = OPS["attention"].form("chunked")(**token, initial_state=caches[-1])
+            caches.append(new)
+            outputs.append(o)
+    return caches, torch.cat(outputs, dim=1)
+
+
+def test_a_step_writes_its_token_and_copies_nothing():
+    _, cache = parallel_attention(**make_inputs("attention", Case(time=3)))
+    caches, _ = steps_from(cache, 200, seed=1)
+    places = [c.key.untyped_storage().data_ptr() for c in caches]
+    assert len(set(places[2:])) <= 4  # 64 tokens at first, then twice as many
+    assert places[2] == places[20]
+    assert caches[20].value.untyped_storage().data_ptr() == caches[2].value.data_ptr()
+
+
+def test_branches_of_a_grown_cache_do_not_see_each_other():
+    _, cache = parallel_attention(**make_inputs("attention", Case(time=3)))
+    caches, _ = steps_from(cache, 30, seed=1)
+    kept = [map_tensors(torch.clone, c) for c in caches]
+    for start in (30, 10, 0, 30):  # the newest, an old one, one without room, the newest once more
+        _, branch = steps_from(caches[start], 20, seed=2)
+        _, alone = steps_from(kept[start], 20, seed=2)
+        assert torch.equal(branch, alone)
+    for cache, copy in zip(caches, kept, strict=True):
+        assert all(map(torch.equal, cache, copy))
+
+
+def test_a_token_without_gradients_does_not_disturb_a_backward_pass():
+    _, cache = parallel_attention(**make_inputs("attention", Case(time=3)))
+    caches, _ = steps_from(cache, 5, seed=1)
+    inputs = make_inputs("attention", Case(time=1, batch=cache.key.shape[0]))
+    expected, actual = (
+        gradient_of_query(inputs, caches[-1], between)
+        for between in (lambda: None, lambda: steps_from(caches[-1], 5, seed=3))
+    )
+    assert torch.equal(actual, expected)
+
+
+def gradient_of_query(inputs, cache, between):
+    """With something done between the forward and the backward pass."""
+    query = inputs["q"].clone().requires_grad_()
+    o, _ = OPS["attention"].form("chunked")(**inputs | {"q": query}, initial_state=cache)
+    between()
+    return torch.autograd.grad(o.square().sum(), query)[0]

@@ -151,3 +151,24 @@ def test_eval_prints_lines_for_people(reference, capsys):
         f"perplexity     {found['perplexity']:.2f} per token",
         f"bits per byte  {found['bits_per_byte']:.4f}",
     ]
+
+
+@pytest.mark.parametrize(("weights", "most"), [("bf16", 0.2), ("int8", 0.2), ("int4", 20)])
+def test_eval_tells_what_rounding_the_weights_costs(reference, capsys, weights, most):
+    exact, found = report(capsys, reference), report(capsys, reference, "--weights", weights)
+    assert exact["weights"] == "fp32"
+    assert exact["perplexity_fp32"] == exact["perplexity"]
+    assert found["weights"] == weights
+    assert found["perplexity_fp32"] == exact["perplexity"]
+    cost = 100 * (found["perplexity"] / exact["perplexity"] - 1)
+    assert 0 < abs(cost) < most
+    assert ebb("eval", reference, "--weights", weights) == 0
+    line = capsys.readouterr().out.splitlines()[2]
+    assert line.endswith(
+        f"{cost:+.3f} % against {exact['perplexity']:.2f} without rounding to {weights}"
+    )
+
+
+def test_eval_refuses_weights_that_do_not_exist(reference, capsys):
+    assert ebb("eval", reference, "--weights", "fp8") == 2
+    assert "weights must be one of fp32, bf16, int8, int4" in capsys.readouterr().err

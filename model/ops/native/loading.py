@@ -16,6 +16,8 @@ INSTRUCTION_SETS = ("baseline", "AVX2", "AVX-512")
 FOLDER = Path(__file__).parent
 """Where an installation puts the compiled library."""
 
+_POINTER = [ctypes.c_void_p]
+
 
 class Library:
     """The functions of the compiled library, by name and dtype."""
@@ -32,6 +34,24 @@ class Library:
     def rows_per_block(self) -> int:
         """Rows over which a row kernel sums the gradients of parameters before they are joined."""
         return int(self._library.ebb_rows_per_block())
+
+    def decode_step(self) -> Callable[..., None]:
+        """`decode.cpp`: runs a program on a token."""
+        function = self._library.ebb_decode_step
+        function.restype = None
+        function.argtypes = [*_POINTER, ctypes.c_int64, *3 * _POINTER, ctypes.c_int]
+        return function
+
+    def decode_read(self) -> Callable[..., float]:
+        """`decode.cpp`: reads a stretch of memory."""
+        function = self._library.ebb_decode_read
+        function.restype = ctypes.c_double
+        function.argtypes = [*_POINTER, ctypes.c_int64, ctypes.c_int]
+        return function
+
+    def decode_barrier_size(self) -> int:
+        """Bytes of the barrier that a program's threads meet at."""
+        return int(self._library.ebb_decode_barrier_size())
 
     def instruction_set(self) -> str:
         """The one in use: the widest that the machine has, unless another was chosen."""
