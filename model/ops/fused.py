@@ -28,18 +28,13 @@ __all__ = [
 ]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types
-def _kernels_are_there() -> bool:
-    return native.is_available()
-
-
 def _is_native(tensors: Sequence[Tensor]) -> bool:
     dtype = tensors[0].dtype
     return (
         dtype in (torch.float32, torch.float64)
         and all(x.dtype == dtype and x.device.type == "cpu" for x in tensors)
         and tensors[0].numel() > 0
-        and _kernels_are_there()
+        and native.is_available()
     )
 
 

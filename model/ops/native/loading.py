@@ -89,8 +89,9 @@ def library() -> Library:
     return found
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types
 def is_available() -> bool:
-    """Whether the native kernels can run."""
+    """Whether the native kernels can run; a compiler takes the answer, and not how it is found."""
     return _load()[0] is not None
 
 
