@@ -49,10 +49,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, state: BlockState, context: Context) -> tuple[Tensor, BlockState]:
         """`[B, T, D]` -> `[B, T, D]`."""
         y, time = self.time_mix(self.time_norm(x), state.time, context)
-        x = x + y
         if self.channel_mix is None:
-            return x, BlockState(time, state.channel)
-        y, channel = self.channel_mix(self.channel_norm(x), state.channel, context)
+            return x + y, BlockState(time, state.channel)
+        normed, x = self.channel_norm.of_sum(x, y)
+        y, channel = self.channel_mix(normed, state.channel, context)
         return x + y, BlockState(time, channel)
 
 

@@ -13,6 +13,7 @@ from model import state as states
 from model.generation import prefill, step
 from model.language_model import LanguageModel
 from model.state import ModelState
+from train.memory import keep_freed_memory
 from train.optimizer import make_optimizer
 from train.recipes import recipe_of
 
@@ -66,6 +67,7 @@ def measure_training(
         rounds: counted steps of each, after one that is not.
         advance: called after every step.
     """
+    keep_freed_memory()
     seconds: dict[str, list[float]] = {name: [] for name in models}
     steps = {name: _training_step(model, context, batch_size) for name, model in models.items()}
     for turn in range(rounds + 1):

@@ -25,6 +25,7 @@ from train import checkpoint as files
 from train.config import TrainConfig
 from train.evaluate import Evaluation, evaluate
 from train.interrupt import Interrupted, stop_on_signal
+from train.memory import keep_freed_memory
 from train.metrics import MetricsLog
 from train.optimizer import make_optimizer, set_rate
 from train.prepare import prepare_data
@@ -55,6 +56,7 @@ def train(config: TrainConfig, display: Display | None = None) -> TrainResult:
         ValueError: for settings, data or a folder that cannot be used.
         Interrupted: after Ctrl-C, when everything is saved.
     """
+    keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())  # Apple's GPUs have no float64

@@ -1,8 +1,7 @@
 """The layers. Every mixer is `(x, state, context) -> (y, state)` with x and y `[B, T, D]`."""
 
+from collections.abc import Callable
 from typing import NamedTuple
-
-from torch import nn
 
 from model.layers.attention import Attention
 from model.layers.channel_mix import (
@@ -17,7 +16,7 @@ from model.layers.gla import GLA
 from model.layers.layer import Layer
 from model.layers.linear_transformer import LinearTransformer
 from model.layers.mamba2 import Mamba2
-from model.layers.norm import LayerNorm, RMSNorm
+from model.layers.norm import LayerNorm, Norm, RMSNorm
 from model.layers.retnet import RetNet
 from model.layers.rwkv4 import RWKV4
 from model.layers.rwkv5 import RWKV5
@@ -30,7 +29,8 @@ class Body(NamedTuple):
 
     name: str
     """Also chooses the embedding's initial values and the recipe of training."""
-    norm: type[nn.Module]
+    norm: Callable[[int], Norm]
+    """Of a width."""
     embedding_norm: bool
     """Whether the embedding is normalised (RWKV's ln0)."""
 

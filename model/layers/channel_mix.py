@@ -3,13 +3,13 @@
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.layers.initializers import depth, orthogonal_, ramps
 from model.layers.layer import Context, Layer
-from model.layers.token_shift import token_shift
+from model.layers.token_shift import interpolations
+from model.ops import fused
 from model.ops.native.program import Program, Vector
 from model.state import NoState
 
@@ -42,7 +42,7 @@ class SwiGLU(Layer):
 
     def forward(self, x: Tensor, state: NoState, context: Context) -> tuple[Tensor, NoState]:
         """`[B, T, D]` -> `[B, T, D]`."""
-        return self.down(F.silu(self.gate(x)) * self.up(x)), state
+        return self.down(fused.swiglu(self.gate(x), self.up(x))), state
 
     def describe_step(self, program: Program, x: Vector, state: NoState, residual: Vector) -> None:
         """`forward` for one token, in two phases."""
@@ -76,8 +76,7 @@ class ShiftedChannelMix(Layer):
 
     def squared_relu(self, x_key: Tensor) -> Tensor:
         """`W_v relu(W_k x_k)^2`."""
-        hidden = F.relu(self.key(x_key))
-        y: Tensor = self.value(hidden * hidden)  # square() goes through pow, which is slower
+        y: Tensor = self.value(fused.squared_relu(self.key(x_key)))
         return y
 
 
@@ -94,15 +93,16 @@ class RWKV4ChannelMix(ShiftedChannelMix):
         self.mix_receptance = nn.Parameter(torch.zeros(config.d_model))
         self.receptance = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def interpolate(self, x: Tensor, previous: Tensor, mix: Tensor) -> Tensor:
-        """Between the token before and the token itself, `mix` being the token's own part."""
-        return torch.lerp(previous, x, mix)
+    def shift_parts(self) -> Tensor:
+        """`[2, D]`, of receptance and key: the part of the token before."""
+        return 1.0 - torch.stack([self.mix_receptance, self.mix_key])
 
     def forward(self, x: Tensor, state: ShiftState, context: Context) -> tuple[Tensor, ShiftState]:
         """`[B, T, D]` -> `[B, T, D]`."""
-        previous, last = token_shift(x, state.shift, context.reset)
-        receptance = self.receptance(self.interpolate(x, previous, self.mix_receptance))
-        hidden = self.squared_relu(self.interpolate(x, previous, self.mix_key))
+        (x_receptance, x_key), last = interpolations(
+            x, state.shift, self.shift_parts(), context.reset
+        )
+        receptance, hidden = self.receptance(x_receptance), self.squared_relu(x_key)
         return torch.sigmoid(receptance) * hidden, ShiftState(last)
 
     def previous_parts(self) -> Tensor:
@@ -141,9 +141,9 @@ class RWKV5ChannelMix(RWKV4ChannelMix):
 class RWKV6ChannelMix(RWKV5ChannelMix):
     """As in RWKV-5, but with `x_* = x + (x_prev - x) mix` (arXiv 2404.05892, section 4.3)."""
 
-    def interpolate(self, x: Tensor, previous: Tensor, mix: Tensor) -> Tensor:
-        """Between the token itself and the one before, `mix` being the latter's part."""
-        return torch.lerp(x, previous, mix)
+    def shift_parts(self) -> Tensor:
+        """`[2, D]`, of receptance and key: the part of the token before."""
+        return torch.stack([self.mix_receptance, self.mix_key])
 
     def previous_parts(self) -> Tensor:
         """`[2, D]`: the mixes themselves."""
@@ -161,8 +161,8 @@ class RWKV7ChannelMix(ShiftedChannelMix):
 
     def forward(self, x: Tensor, state: ShiftState, context: Context) -> tuple[Tensor, ShiftState]:
         """`[B, T, D]` -> `[B, T, D]`."""
-        previous, last = token_shift(x, state.shift, context.reset)
-        return self.squared_relu(torch.lerp(x, previous, self.mix_key)), ShiftState(last)
+        (x_key,), last = interpolations(x, state.shift, self.mix_key[None], context.reset)
+        return self.squared_relu(x_key), ShiftState(last)
 
     def describe_step(
         self, program: Program, x: Vector, state: ShiftState, residual: Vector

@@ -35,11 +35,19 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
+        y = self._product(x)
+        return y if self.bias is None else y + self.bias
+
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`activation(x down) up [..., out]` and the bias `[out]`, for those who add it later."""
+        assert self.bias is not None
+        return self._product(x), self.bias
+
+    def _product(self, x: Tensor) -> Tensor:
         hidden = x @ self.down
         if self.activation is not None:
             hidden = self.activation(hidden)
-        y = hidden @ self.up
-        return y if self.bias is None else y + self.bias
+        return hidden @ self.up
 
     def set_bias(self, values: Tensor) -> None:
         """Starts the bias `[out]` at these values."""

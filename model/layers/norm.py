@@ -4,19 +4,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.ops import fused
 
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm with RWKV's eps, 1e-5."""
+
+class Norm(nn.Module):
+    """Over the width: `[..., D]` -> `[..., D]`."""
+
+    def __init__(self, d_model: int, eps: float, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm of x."""
+        return fused.norm(x, self.weight, self.bias, self.eps)
+
+    def of_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of `x + y`, and `x + y` itself."""
+        return fused.norm_of_sum(x, y, self.weight, self.bias, self.eps)
+
+
+class LayerNorm(Norm):
+    """LayerNorm (arXiv 1607.06450) with RWKV's eps, 1e-5."""
 
     def __init__(self, d_model: int) -> None:
-        super().__init__(d_model, eps=1e-5)
+        super().__init__(d_model, eps=1e-5, bias=True)
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(Norm):
     """RMSNorm (arXiv 1910.07467) with eps 1e-6."""
 
     def __init__(self, d_model: int) -> None:
-        super().__init__(d_model, eps=1e-6)
+        super().__init__(d_model, eps=1e-6, bias=False)
 
 
 class HeadNorm(nn.Module):
@@ -32,6 +52,12 @@ class HeadNorm(nn.Module):
         """`[B, T, H, V]` -> `[B, T, H V]`."""
         normalised = F.layer_norm(x, x.shape[-1:], eps=self.eps)
         return torch.addcmul(self.bias, normalised.flatten(-2), self.weight)
+
+    def gated(
+        self, x: Tensor, gate: Tensor, *, own: fused.OwnValue | None = None, silu: bool = False
+    ) -> Tensor:
+        """`(norm(x) + own value) gate`, or by `silu(gate)`; `elementwise.gated_head_norm`."""
+        return fused.gated_head_norm(x, gate, self.weight, self.bias, self.eps, own=own, silu=silu)
 
 
 class HeadRMSNorm(nn.Module):

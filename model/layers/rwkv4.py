@@ -9,7 +9,7 @@ from model.config import ModelConfig
 from model.layers.initializers import depth, orthogonal_, ramps
 from model.layers.layer import Context, Layer, at_least_single
 from model.layers.rwkv import decay_ramp, zigzag
-from model.layers.token_shift import token_shift
+from model.layers.token_shift import interpolations
 from model.ops.native.program import Program, Vector
 from model.ops.wkv4 import WIPED, WKV4State
 
@@ -52,8 +52,9 @@ class RWKV4(Layer):
 
     def forward(self, x: Tensor, state: RWKV4State, context: Context) -> tuple[Tensor, RWKV4State]:
         """`[B, T, D]` -> `[B, T, D]`."""
-        previous, last = token_shift(x, state.shift, context.reset)
-        x_key, x_value, x_receptance = (torch.lerp(previous, x, mix) for mix in self.mix.unbind())
+        (x_key, x_value, x_receptance), last = interpolations(
+            x, state.shift, 1.0 - self.mix, context.reset
+        )
         o, mean = context.run(
             "wkv4",
             self.key(x_key),

@@ -3,14 +3,13 @@
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import MixerOptions, ModelConfig
 from model.layers.initializers import depth, orthogonal_, ramps
 from model.layers.layer import Context
 from model.layers.rwkv import RWKVHeads, RWKVOptions, RWKVState, decay_ramp, zigzag
-from model.layers.token_shift import token_shift
+from model.layers.token_shift import interpolations
 from model.ops.native.packing import ROWS
 from model.ops.native.program import Program, Vector
 
@@ -33,9 +32,8 @@ class RWKV5(RWKVHeads):
 
     def forward(self, x: Tensor, state: RWKVState, context: Context) -> tuple[Tensor, RWKVState]:
         """`[B, T, D]` -> `[B, T, D]`."""
-        previous, last = token_shift(x, state.shift, context.reset)
-        x_key, x_value, x_receptance, x_gate = (
-            torch.lerp(previous, x, mix) for mix in self.mix.unbind()
+        (x_key, x_value, x_receptance, x_gate), last = interpolations(
+            x, state.shift, 1.0 - self.mix, context.reset
         )
         key = self.heads(self.key(x_key))
         o, matrix = context.run(
@@ -47,7 +45,7 @@ class RWKV5(RWKVHeads):
             bonus=self.bonus,
             initial_state=state.matrix,
         )
-        y = self.output(self.head_norm(o) * F.silu(self.gate(x_gate)))
+        y = self.output(self.head_norm.gated(o, self.gate(x_gate), silu=True))
         return y, RWKVState(last, matrix)
 
     def describe_step(

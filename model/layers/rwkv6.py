@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -64,7 +63,7 @@ class RWKV6(RWKVHeads):
             bonus=self.bonus,
             initial_state=state.matrix,
         )
-        y = self.output(self.head_norm(o) * F.silu(self.gate(x_gate)))
+        y = self.output(self.head_norm.gated(o, self.gate(x_gate), silu=True))
         return y, RWKVState(last, matrix)
 
     def describe_step(

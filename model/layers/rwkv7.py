@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from model.config import MixerOptions, ModelConfig
@@ -14,11 +12,10 @@ from model.layers.initializers import depth, orthogonal_, ramps
 from model.layers.layer import Context
 from model.layers.low_rank import LowRank
 from model.layers.rwkv import RWKVHeads, RWKVOptions, RWKVState
-from model.layers.token_shift import token_shift
+from model.layers.token_shift import interpolations
+from model.ops import fused
+from model.ops.elementwise import STRONGEST_DECAY
 from model.ops.native.program import Program, Vector
-
-STRONGEST_DECAY = -math.exp(-0.5)
-"""The log-decay of RWKV-7 lies in (-0.6065, 0): section 4.1."""
 
 
 def default_rank(factor: float, d_model: int) -> int:
@@ -76,46 +73,45 @@ class RWKV7(RWKVHeads):
 
     def forward(self, x: Tensor, state: RWKVState, context: Context) -> tuple[Tensor, RWKVState]:
         """`[B, T, D]` -> `[B, T, D]`."""
-        previous, last = token_shift(x, state.shift, context.reset)
-        difference = previous - x
-        x_receptance, x_decay, x_key, x_value, x_iclr, x_gate = (
-            torch.addcmul(x, difference, mix) for mix in self.mix.unbind()
+        (x_receptance, x_decay, x_key, x_value, x_iclr, x_gate), last = interpolations(
+            x, state.shift, self.mix, context.reset
         )
-        log_decay = STRONGEST_DECAY * torch.sigmoid(self.decay(x_decay))
-        iclr = torch.sigmoid(self.iclr(x_iclr))
         value = self.value(x_value)
+        residual = None
         if self.is_first:
             context.v_first = value
         else:
             assert context.v_first is not None
-            amount = torch.sigmoid(self.value_residual(x_value))
-            value = torch.lerp(value, context.v_first, amount.to(value.dtype))
-        key = self.key(x_key)
-        receptance, key, value, removal, log_decay, iclr = (
-            self.heads(y)
-            for y in (
-                self.receptance(x_receptance),
-                torch.addcmul(key, key * self.iclr_scale, iclr - 1.0),
-                value,
-                key * self.removal_scale,
-                log_decay,
-                iclr,
-            )
+            residual = fused.ValueResidual(context.v_first, *self.value_residual.apart(x_value))
+        decay, decay_bias = self.decay.apart(x_decay)
+        iclr, iclr_bias = self.iclr.apart(x_iclr)
+        written = fused.rwkv7_inputs(
+            self.key(x_key),
+            value,
+            decay,
+            iclr,
+            decay_bias=decay_bias,
+            iclr_bias=iclr_bias,
+            removal_scale=self.removal_scale,
+            iclr_scale=self.iclr_scale,
+            residual=residual,
+            num_heads=self.num_heads,
         )
-        removal = F.normalize(removal, dim=-1, eps=1e-12)
+        log_decay, key, a, b, value = map(self.heads, written)
+        receptance = self.heads(self.receptance(x_receptance))
         o, matrix = context.run(
             "delta",
             receptance,
             key,
             value,
-            a=-removal,
-            b=removal * iclr,
+            a=a,
+            b=b,
             log_decay=log_decay,
             initial_state=state.matrix,
         )
-        own = (receptance * key * self.bonus).sum(dim=-1, keepdim=True) * value
-        y = self.head_norm(o) + rearrange(own, "b t h v -> b t (h v)")
-        return self.output(y * self.gate(x_gate)), RWKVState(last, matrix)
+        own = fused.OwnValue(receptance, key, value, self.bonus)
+        y = self.head_norm.gated(o, self.gate(x_gate), own=own)
+        return self.output(y), RWKVState(last, matrix)
 
     def describe_step(
         self, program: Program, x: Vector, state: RWKVState, residual: Vector

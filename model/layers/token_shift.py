@@ -1,7 +1,8 @@
 """Token shift: every token next to the one before it (RWKV, arXiv 2305.13048, section 3.1)."""
 
-import torch
 from torch import Tensor
+
+from model.ops import elementwise, fused
 
 
 def token_shift(x: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -15,7 +16,21 @@ def token_shift(x: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, 
     Returns:
         `x_prev [B, T, D]`, and the last token `[B, D]` as the next state.
     """
-    previous = torch.cat([last[:, None].to(x.dtype), x[:, :-1]], dim=1)
-    if reset is not None:
-        previous = previous.masked_fill(reset[..., None], 0.0)
-    return previous, x[:, -1]
+    return elementwise.shifted(x, last, reset), x[:, -1]
+
+
+def interpolations(
+    x: Tensor, last: Tensor, mix: Tensor, reset: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """Each token, moved towards the one before it: `x + (x_prev - x) mix_m`.
+
+    Args:
+        x: `[B, T, D]`.
+        last: `[B, D]`, the token before the first: the carried state.
+        mix: `[M, D]`, the part of the token before.
+        reset: `[B, T]` bool or None; nothing stands before a token that starts a document.
+
+    Returns:
+        M tensors `[B, T, D]`, and the last token `[B, D]` as the next state.
+    """
+    return fused.interpolations(x, last, mix, reset), x[:, -1]

@@ -7,6 +7,13 @@ namespace EBB_NAMESPACE {
 #include "scan_forward.h"
 #include "scan_backward.h"
 #include "wkv4_kernels.h"
+#include "rows_simd.h"
+#include "rows_shift.h"
+#include "rows_rwkv7.h"
+#include "rows_head_norm.h"
+#include "rows_norm.h"
+#include "rows_activation.h"
+#include "rows_table.h"
 
 }  // namespace EBB_NAMESPACE
 #undef EBB_INLINE

@@ -3,10 +3,12 @@
 // The kernels are compiled once for each instruction set; the widest one that the machine has is
 // taken when the library is loaded. They hold no OpenMP: the parallel region calls them.
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <type_traits>
 
+#include "rows.h"
 #include "scan.h"
 #include "wkv4.h"
 
@@ -165,6 +167,28 @@ int backward(const Wkv4& x, const Wkv4Gradient& d, int threads) {
   });
 }
 
+template <class Real>
+const RowKernel<Real>* row_kernels() {
+#if defined(__x86_64__)
+  if (chosen == AVX512) return avx512::ROW_KERNELS<Real>;
+  if (chosen == AVX2) return avx2::ROW_KERNELS<Real>;
+#endif
+  return baseline::ROW_KERNELS<Real>;
+}
+
+template <class Real>
+int run_rows(const Rows<Real>& s, int kernel, int threads) {
+  const RowKernel<Real> run = row_kernels<Real>()[kernel];
+  const int64_t rows = s.rows(), blocks = (rows + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK;
+  // What is small is done before a second thread is awake.
+  if (rows * s.width() < 16384) threads = 1;
+  return for_all<Real>(blocks, threads, 0, [&](int64_t block, Real*) {
+    Real* const sums = s.sums ? s.sums + block * s.sums_width : nullptr;
+    if (sums) std::fill_n(sums, s.sums_width, Real(0));
+    run(s, block * ROWS_PER_BLOCK, std::min(rows, (block + 1) * ROWS_PER_BLOCK), sums);
+  });
+}
+
 }  // namespace
 
 // The module is never imported, only loaded; setuptools builds extensions of Python alone.
@@ -215,5 +239,12 @@ EBB_EXPORT int ebb_decays_f64(const double* log_decay, double* decay, int64_t ba
 EBB_EXPORT int ebb_wkv4_forward_f64(const Wkv4* x, int threads) { return forward(*x, threads); }
 EBB_EXPORT int ebb_wkv4_backward_f64(const Wkv4* x, const Wkv4Gradient* d, int threads) {
   return backward(*x, *d, threads);
+}
+EBB_EXPORT int64_t ebb_rows_per_block() { return ROWS_PER_BLOCK; }
+EBB_EXPORT int ebb_rows_f32(const Rows<float>* s, int kernel, int threads) {
+  return run_rows(*s, kernel, threads);
+}
+EBB_EXPORT int ebb_rows_f64(const Rows<double>* s, int kernel, int threads) {
+  return run_rows(*s, kernel, threads);
 }
 }

@@ -49,6 +49,10 @@ class Library:
         """Bytes of the barrier that a program's threads meet at."""
         return int(self._library.ebb_decode_barrier_size())
 
+    def rows_per_block(self) -> int:
+        """Rows over which a row kernel sums the gradients of parameters before they are joined."""
+        return int(self._library.ebb_rows_per_block())
+
     def instruction_set(self) -> str:
         """The one in use: the widest that the machine has, unless another was chosen."""
         return INSTRUCTION_SETS[self._library.ebb_instruction_set()]

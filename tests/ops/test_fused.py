@@ -1,0 +1,333 @@
+"""The fused pieces between the recurrences are their definitions, in values and all gradients."""
+
+import pytest
+import torch
+from helpers import TOLERANCE, assert_close
+
+from model.ops import elementwise, fused, native
+from model.ops.native import loading
+from model.ops.native.rows import PARAMETERS, rows, rows_backward
+
+compiled = pytest.mark.skipif(not native.is_available(), reason=native.status())
+
+SHAPES = [(2, 37, 3, 8), (1, 70, 1, 13), (3, 33, 2, 64), (1, 1, 2, 16)]
+"""B, T, H and K: whole vectors and parts, heads wider and narrower, within a block and across."""
+
+
+class Inputs:
+    """Random tensors of some B, T, H and K."""
+
+    def __init__(self, shape, seed=0):
+        self.batch, self.time, self.heads, self.head_dim = shape
+        self.width = self.heads * self.head_dim
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape):
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def rows(self):
+        return self.normal(self.batch, self.time, self.width)
+
+    def parameter(self):
+        return self.normal(self.width)
+
+    def by_head(self):
+        return self.rows().view(self.batch, self.time, self.heads, self.head_dim)
+
+    def reset(self):
+        """At the first token, the last, either side of a block's end, and here and there."""
+        found = torch.rand(self.batch, self.time, generator=self.generator) < 0.1
+        found[0, [0, -1]] = True
+        found[:, 31:33] = True
+        return found
+
+
+def shift(x, reset):
+    tensors = [x.rows(), x.normal(x.batch, x.width), x.normal(6, x.width)]
+    starts = x.reset() if reset else None
+    return tensors, lambda room: lambda *given: room.interpolations(*given, starts)
+
+
+def rwkv7_inputs(x, is_first):
+    names = ("decay_bias", "iclr_bias", "removal_scale", "iclr_scale")
+    tensors = [x.rows() for _ in range(4)] + [x.parameter() for _ in names]
+    if not is_first:
+        tensors += [x.rows(), x.rows(), x.parameter()]
+
+    def of(room):
+        def piece(key, value, decay, iclr, *rest):
+            found = room.rwkv7_inputs(
+                key,
+                value,
+                decay,
+                iclr,
+                **dict(zip(names, rest[:4], strict=True)),
+                residual=None if is_first else fused.ValueResidual(*rest[4:]),
+                num_heads=x.heads,
+            )
+            return [*found][:4] if is_first else [*found]
+
+        return piece
+
+    return tensors, of
+
+
+def gated_head_norm(x, has_own, silu):
+    tensors = [x.by_head(), x.rows(), x.parameter(), x.parameter()]
+    if has_own:
+        tensors += [x.by_head(), x.by_head(), x.by_head(), x.normal(x.heads, x.head_dim)]
+
+    def of(room):
+        def piece(o, gate, weight, bias, *own):
+            together = fused.OwnValue(*own) if own else None
+            return [room.gated_head_norm(o, gate, weight, bias, 64e-5, own=together, silu=silu)]
+
+        return piece
+
+    return tensors, of
+
+
+def norm(x, has_bias, of_sum):
+    tensors = [x.rows() for _ in range(1 + of_sum)]
+    tensors += [x.parameter() for _ in range(1 + has_bias)]
+
+    def of(room):
+        def piece(*given):
+            vectors = (*given[1 + of_sum :], *(() if has_bias else (None,)), 1e-5)
+            if of_sum:
+                return [*room.norm_of_sum(*given[:2], *vectors)]
+            return [room.norm(given[0], *vectors)]
+
+        return piece
+
+    return tensors, of
+
+
+PIECES = {
+    "shift": lambda x: shift(x, reset=False),
+    "shift_reset": lambda x: shift(x, reset=True),
+    "rwkv7_first": lambda x: rwkv7_inputs(x, is_first=True),
+    "rwkv7": lambda x: rwkv7_inputs(x, is_first=False),
+    "head_norm": lambda x: gated_head_norm(x, has_own=False, silu=False),
+    "head_norm_own": lambda x: gated_head_norm(x, has_own=True, silu=False),
+    "head_norm_silu": lambda x: gated_head_norm(x, has_own=False, silu=True),
+    "squared_relu": lambda x: ([x.rows()], lambda room: lambda y: [room.squared_relu(y)]),
+    "swiglu": lambda x: (
+        [x.rows(), x.rows()],
+        lambda room: lambda *given: [room.swiglu(*given)],
+    ),
+    "layer_norm": lambda x: norm(x, has_bias=True, of_sum=False),
+    "layer_norm_sum": lambda x: norm(x, has_bias=True, of_sum=True),
+    "rms_norm": lambda x: norm(x, has_bias=False, of_sum=False),
+    "rms_norm_sum": lambda x: norm(x, has_bias=False, of_sum=True),
+}
+"""From inputs: tensors, and what makes of a module the function of these tensors."""
+every_piece = pytest.mark.parametrize("name", PIECES)
+
+
+def run(piece, tensors, dtype=torch.float64, change=lambda x: x):
+    """Outputs and, under random cotangents, the gradients of all tensors, by name."""
+    leaves = [x.to(dtype).requires_grad_() for x in tensors]
+    outputs = piece(*(change(x) for x in leaves))
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [
+        change(torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype))
+        for x in outputs
+    ]
+    gradients = torch.autograd.grad(outputs, leaves, cotangents, materialize_grads=True)
+    results = {f"output {n}": x.detach() for n, x in enumerate(outputs)}
+    return results | {f"gradient {n}": x for n, x in enumerate(gradients)}
+
+
+def check(name, shape, dtype, change=lambda x: x):
+    tensors, of = PIECES[name](Inputs(shape))
+    expected = run(of(elementwise), tensors)
+    assert_close(run(of(fused), tensors, dtype, change), expected, dtype)
+
+
+def calls(monkeypatch):
+    """Counts how often a kernel runs from here on."""
+    counted = []
+    original = loading.Library.function
+
+    def function(self, name, dtype):
+        counted.append(name)
+        return original(self, name, dtype)
+
+    monkeypatch.setattr(loading.Library, "function", function)
+    return counted
+
+
+@compiled
+@every_piece
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_fused_piece_is_its_definition(name, shape, dtype, monkeypatch, poisoned_memory):
+    counted = calls(monkeypatch)
+    check(name, shape, dtype)
+    assert counted.count("rows") == 2, "forward and backward, once each"
+
+
+@pytest.fixture(params=native.loading.INSTRUCTION_SETS)
+def instruction_set(request):
+    library = native.library()
+    before = library.instruction_set()
+    if library.use_instruction_set(request.param) != request.param:
+        pytest.skip("this processor has no such instructions")
+    yield
+    library.use_instruction_set(before)
+
+
+@compiled
+@every_piece
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_plainer_processor_computes_the_same(name, dtype, instruction_set):
+    check(name, SHAPES[0], dtype)
+
+
+@compiled
+@every_piece
+def test_threads_change_no_bit(name):
+    tensors, of = PIECES[name](Inputs((2, 150, 4, 32)))
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(run(of(fused), tensors, torch.float32))
+    assert all(torch.equal(x, results[1][key]) for key, x in results[0].items())
+
+
+@compiled
+@every_piece
+def test_tensors_need_not_be_contiguous(name):
+    def spread(x):
+        wide = torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
+        return wide if x.dim() < 3 else wide.transpose(0, 1).contiguous().transpose(0, 1)
+
+    check(name, SHAPES[0], torch.float64, spread)
+
+
+@compiled
+@every_piece
+def test_gradients_are_those_of_finite_differences(name):
+    tensors, of = PIECES[name](Inputs((1, 3, 2, 5)))
+    assert torch.autograd.gradcheck(of(fused), [x.requires_grad_() for x in tensors])
+
+
+@compiled
+@every_piece
+def test_the_forward_pass_alone_is_the_same(name, monkeypatch):
+    tensors, of = PIECES[name](Inputs(SHAPES[0]))
+    with_graph = of(fused)(*(x.clone().requires_grad_() for x in tensors))
+    counted = calls(monkeypatch)
+    alone = of(fused)(*tensors)
+    assert counted == ["rows"]
+    assert all(torch.equal(x, y) for x, y in zip(with_graph, alone, strict=True))
+
+
+@compiled
+@every_piece
+def test_only_what_is_asked_for_has_a_gradient(name):
+    """Frozen parameters and a carried state have none; the others' are as before."""
+    tensors, of = PIECES[name](Inputs(SHAPES[0]))
+    everything = run(of(fused), tensors)
+    first = tensors[0].clone().requires_grad_()
+    outputs = of(fused)(first, *tensors[1:])
+    generator = torch.Generator().manual_seed(1)
+    shapes = [x.shape for x in outputs]
+    cotangents = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    (gradient,) = torch.autograd.grad(outputs, [first], cotangents)
+    assert torch.equal(gradient, everything["gradient 0"])
+
+
+@every_piece
+def test_without_the_library_the_definition_runs(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "FOLDER", tmp_path)
+    loading._load.cache_clear()
+    try:
+        assert not native.is_available()
+        check(name, SHAPES[0], torch.float32)
+    finally:
+        loading._load.cache_clear()
+
+
+@every_piece
+def test_low_precision_takes_the_definition(name, monkeypatch):
+    """In a bfloat16 region matrix products come in bfloat16, and parameters in float32."""
+    counted = calls(monkeypatch)
+    tensors, of = PIECES[name](Inputs(SHAPES[0]))
+    low = name.startswith("rms")  # PyTorch's wants one precision
+    mixed = [x.to(torch.bfloat16 if low or x.dim() > 2 else torch.float32) for x in tensors]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = of(fused)(*mixed), of(elementwise)(*mixed)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert counted == []
+
+
+@compiled
+@pytest.mark.parametrize("size", [0.0, 1e-14, 1e3])
+def test_a_removal_of_no_length_has_the_gradient_of_the_definition(size):
+    """Below the smallest norm it is divided by a constant, at zero too."""
+    tensors, of = PIECES["rwkv7"](Inputs(SHAPES[0]))
+    tensors[0][:, ::2] *= size
+    assert_close(run(of(fused), tensors), run(of(elementwise), tensors), torch.float64)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_sigmoids_saturate_and_nan_stays_nan(dtype):
+    gate = torch.tensor([0.0, 1e-30, 20, 90, 1e4, -20, -90, -1e4, float("inf")], dtype=dtype)
+    gate = torch.cat([gate, torch.linspace(-100, 100, 4001, dtype=dtype)])
+    found = fused.swiglu(gate.view(1, 1, -1), torch.ones(1, 1, len(gate), dtype=dtype)).flatten()
+    expected = gate.double() * torch.sigmoid(gate.double())
+    finite = expected.isfinite()
+    allowed = {torch.float32: 4e-7, torch.float64: 1e-15}[dtype]
+    error = (found[finite].double() - expected[finite]).abs() / (expected[finite].abs() + 1e-29)
+    assert error.max() <= allowed
+    assert found[8] == torch.inf
+    nan = torch.full((1, 1, 20), torch.nan, dtype=dtype)
+    assert fused.swiglu(nan, torch.ones_like(nan)).isnan().all()
+    assert fused.squared_relu(nan).isnan().all()
+
+
+@compiled
+@every_piece
+def test_a_compiler_sees_the_same(name):
+    tensors, of = PIECES[name](Inputs(SHAPES[0]))
+    through = torch.compile(of(fused), fullgraph=True, backend="aot_eager")
+    assert_close(run(through, tensors), run(of(elementwise), tensors), torch.float64)
+
+
+def samples():
+    """Arguments of the operator, for each kernel."""
+    x = Inputs((2, 5, 2, 4))
+    lists = {
+        "shift": [x.rows(), x.normal(x.batch, x.width), x.normal(3, x.width)],
+        "rwkv7": [*(x.rows() for _ in range(3)), *(x.parameter() for _ in range(4))],
+        "head_norm": [x.rows(), x.rows(), x.parameter(), x.parameter()],
+        "squared_relu": [x.rows()],
+        "swiglu": [x.rows(), x.rows()],
+        "norm": [x.rows(), x.rows(), x.parameter(), x.parameter()],
+    }
+    assert lists.keys() == PARAMETERS.keys()
+    starts = torch.rand(2, 5, generator=x.generator) < 0.3
+    for kernel, tensors in lists.items():
+        leaves = [y.requires_grad_() for y in tensors]
+        yield (kernel, leaves, starts if kernel == "shift" else None, 2, 1e-5, kernel == "norm")
+
+
+@compiled
+@pytest.mark.parametrize("sample", [*samples()], ids=lambda sample: sample[0])
+def test_pytorch_finds_nothing_wrong_with_the_operators(sample):
+    kernel, tensors, reset, heads, eps, choice = sample
+    torch.library.opcheck(rows, (kernel, tensors, reset, heads, eps, int(choice)))
+    outputs = [torch.ones_like(x) for x in rows(kernel, tensors, reset, heads, eps, int(choice))]
+    given = [x.detach() for x in (tensors[1:] if kernel == "norm" else tensors)]
+    torch.library.opcheck(rows_backward, (kernel, given, outputs, reset, heads, eps, int(choice)))
+
+
+@compiled
+def test_a_second_derivative_is_refused():
+    x = torch.randn(1, 2, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(fused.squared_relu(x).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(gradient.sum(), x)
