@@ -15,7 +15,8 @@ from model.layers.layer import Context
 from model.layers.low_rank import LowRank
 from model.layers.rwkv import RWKVHeads, RWKVOptions, RWKVState
 from model.layers.token_shift import token_shift
-from model.ops.native.program import Program, Vector
+from model.ops.native.instructions import Vector
+from model.ops.native.program import Program
 
 STRONGEST_DECAY = -math.exp(-0.5)
 """The log-decay of RWKV-7 lies in (-0.6065, 0): section 4.1."""
