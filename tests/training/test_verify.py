@@ -15,7 +15,7 @@ from model.language_model import LanguageModel
 from model.layers import MIXERS, TRANSFORMER, Mixer
 from model.layers.channel_mix import SwiGLU
 from model.layers.layer import Layer
-from model.ops import FORMS, OPS, Op
+from model.ops import FORMS, OPS, Op, native
 from train.verify import command, verify
 from train.verify.command import every_mixer
 from train.verify.running import map_tensors
@@ -63,7 +63,8 @@ def test_an_op_passes():
     report = verify(OPS["wkv4"], dtypes=(torch.float64,))
     assert report.ok, report.worst.sentence()
     found = {(cell.form, cell.dtype) for cell in report.cells}
-    assert found == {(form, "float64") for form in FORMS}
+    compiled = ("native",) if native.is_available() else ()
+    assert found == {(form, "float64") for form in (*FORMS, *compiled)}
     assert {c.check for c in report.cells} >= {"lengths", "definition", "split", "resets", "slopes"}
 
 
