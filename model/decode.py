@@ -18,8 +18,9 @@ from model.layers.layer import Layer
 from model.layers.low_rank import LowRank
 from model.layers.norm import Norm
 from model.ops import native
+from model.ops.native.instructions import LARGEST_HEAD, LOGITS, Vector
 from model.ops.native.packing import FORMATS, rounded
-from model.ops.native.program import LARGEST_HEAD, LOGITS, Program, Vector
+from model.ops.native.program import Program
 from model.ops.native.step import Pointers, Step
 from model.state import ModelState, map_tensors, tensors
 
@@ -126,8 +127,9 @@ def why_not(model: LanguageModel) -> str:
             return f"{type(module).__name__} has a hook, which only PyTorch calls"
     if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
         return "it takes weights in float32 on the CPU"
-    if model.config.head_dim > LARGEST_HEAD:
-        return f"heads are wider than {LARGEST_HEAD}"
+    matrices = [x for _, x in tensors(model.initial_state(1)) if x.dim() == 4]
+    if any(max(matrix.shape[2:]) > LARGEST_HEAD for matrix in matrices):
+        return f"a head is wider than {LARGEST_HEAD}"
     return ""
 
 

@@ -10,7 +10,8 @@ from model.layers.initializers import depth, orthogonal_, ramps
 from model.layers.layer import Context, Layer
 from model.layers.token_shift import interpolations
 from model.ops import fused
-from model.ops.native.program import Program, Vector
+from model.ops.native.instructions import Vector
+from model.ops.native.program import Program
 from model.state import NoState
 
 

@@ -11,7 +11,8 @@ from model.config import MixerOptions, ModelConfig
 from model.layers.layer import Context, Layer, at_least_single
 from model.layers.low_rank import LowRank
 from model.layers.norm import HeadRMSNorm
-from model.ops.native.program import HeadRule, Program, Vector
+from model.ops.native.instructions import HeadRule, Vector
+from model.ops.native.program import Program
 
 
 @dataclass(frozen=True)

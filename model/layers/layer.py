@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from model.config import MixerOptions, ModelConfig
 from model.ops import OPS
-from model.ops.native.program import Program, Vector
+from model.ops.native.instructions import Vector
+from model.ops.native.program import Program
 
 
 @dataclass

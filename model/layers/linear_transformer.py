@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from model.config import MixerOptions, ModelConfig
 from model.layers.feature_maps import elu_plus_one
 from model.layers.layer import Context, Layer, at_least_single
-from model.ops.native.program import HeadRule, Program, Vector
+from model.ops.native.instructions import HeadRule, Vector
+from model.ops.native.program import Program
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from model.ops.native.instructions import Vector
 from model.ops.native.packing import ROWS
-from model.ops.native.program import Program, Vector
+from model.ops.native.program import Program
 
 _ACTIVATIONS: dict[object, str] = {None: "none", torch.tanh: "tanh", torch.sigmoid: "sigmoid"}
 """What the native step calls them."""

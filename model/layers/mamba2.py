@@ -14,7 +14,8 @@ from model.layers.initializers import inverse_softplus
 from model.layers.layer import Context, Layer, at_least_single
 from model.layers.norm import RMSNorm
 from model.layers.short_convolution import ShortConvolution
-from model.ops.native.program import HeadRule, Program, Vector
+from model.ops.native.instructions import HeadRule, Vector
+from model.ops.native.program import Program
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from model.config import MixerOptions, ModelConfig
 from model.layers.layer import Context, Layer, at_least_single
 from model.layers.norm import HeadRMSNorm
 from model.layers.rotary import document_positions, rotate
-from model.ops.native.program import HeadRule, Program, Vector
+from model.ops.native.instructions import HeadRule, Vector
+from model.ops.native.program import Program
 
 
 @dataclass(frozen=True)

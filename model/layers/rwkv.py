@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from model.config import MixerOptions, ModelConfig
 from model.layers.layer import Layer, at_least_single
 from model.layers.norm import HeadNorm
+from model.ops.native.instructions import Vector
 from model.ops.native.packing import ROWS
-from model.ops.native.program import Program, Vector
+from model.ops.native.program import Program
 
 
 class RWKVState(NamedTuple):

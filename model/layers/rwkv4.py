@@ -10,7 +10,8 @@ from model.layers.initializers import depth, orthogonal_, ramps
 from model.layers.layer import Context, Layer, at_least_single
 from model.layers.rwkv import decay_ramp, zigzag
 from model.layers.token_shift import interpolations
-from model.ops.native.program import Program, Vector
+from model.ops.native.instructions import Vector
+from model.ops.native.program import Program
 from model.ops.wkv4 import WIPED, WKV4State
 
 

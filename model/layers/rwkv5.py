@@ -10,8 +10,9 @@ from model.layers.initializers import depth, orthogonal_, ramps
 from model.layers.layer import Context
 from model.layers.rwkv import RWKVHeads, RWKVOptions, RWKVState, decay_ramp, zigzag
 from model.layers.token_shift import interpolations
+from model.ops.native.instructions import Vector
 from model.ops.native.packing import ROWS
-from model.ops.native.program import Program, Vector
+from model.ops.native.program import Program
 
 
 class RWKV5(RWKVHeads):

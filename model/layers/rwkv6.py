@@ -13,7 +13,8 @@ from model.layers.layer import Context
 from model.layers.low_rank import LowRank
 from model.layers.rwkv import RWKVHeads, RWKVOptions, RWKVState, decay_ramp, zigzag
 from model.layers.token_shift import token_shift
-from model.ops.native.program import Program, Vector
+from model.ops.native.instructions import Vector
+from model.ops.native.program import Program
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from model.layers.rwkv import RWKVHeads, RWKVOptions, RWKVState
 from model.layers.token_shift import interpolations
 from model.ops import fused
 from model.ops.elementwise import STRONGEST_DECAY
-from model.ops.native.program import Program, Vector
+from model.ops.native.instructions import Vector
+from model.ops.native.program import Program
 
 
 def default_rank(factor: float, d_model: int) -> int:

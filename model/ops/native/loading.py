@@ -31,10 +31,6 @@ class Library:
         suffix = {torch.float32: "f32", torch.float64: "f64"}[dtype]
         return getattr(self._library, f"ebb_{name}_{suffix}")  # type: ignore[no-any-return]
 
-    def rows_per_block(self) -> int:
-        """Rows over which a row kernel sums the gradients of parameters before they are joined."""
-        return int(self._library.ebb_rows_per_block())
-
     def decode_step(self) -> Callable[..., None]:
         """`decode.cpp`: runs a program on a token."""
         function = self._library.ebb_decode_step
@@ -52,6 +48,10 @@ class Library:
     def decode_barrier_size(self) -> int:
         """Bytes of the barrier that a program's threads meet at."""
         return int(self._library.ebb_decode_barrier_size())
+
+    def rows_per_block(self) -> int:
+        """Rows over which a row kernel sums the gradients of parameters before they are joined."""
+        return int(self._library.ebb_rows_per_block())
 
     def instruction_set(self) -> str:
         """The one in use: the widest that the machine has, unless another was chosen."""

@@ -5,133 +5,32 @@ packed into one stretch of memory when the program is finished. Between barriers
 on its own share, so a vector that is computed in shares may be read whole only after a `barrier`.
 """
 
-import itertools
 import math
 import mmap
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from model.ops.native.instructions import (
+    ACTIVATIONS,
+    KINDS,
+    LOGITS,
+    WORDS,
+    Argument,
+    FinishedProgram,
+    HeadRule,
+    Place,
+    Vector,
+)
 from model.ops.native.packing import BLOCK, FORMATS, ROWS, PackedMatrix, pack
 
-ACTIVATIONS = (
-    *("none", "tanh", "sigmoid", "squared_relu", "silu"),
-    *("softplus", "log_sigmoid", "elu_plus_one"),
-)
-"""In the order of the kernel's `Activation`."""
-KINDS = (
-    *("barrier", "embed", "normalize", "interpolate", "keep", "multiply"),
-    *("convolve", "rotate", "count", "heads", "wkv4", "rwkv5", "rwkv7"),
-)
-"""In the order of the kernel's `Kind`."""
-WORDS = 24
-"""Of an instruction: its kind and its arguments."""
-LARGEST_HEAD = 512
-"""The kernel's `MAX_HEAD`."""
 _PADDING = 32
 """Vectors are filled up with zeros to a multiple of this many floats: whole blocks, whole lines."""
-
-
-class Vector(NamedTuple):
-    """A place for a vector while a token is worked on."""
-
-    offset: int
-    size: int
-    own: bool
-    """Whether each thread has one, or all share one."""
-
-    def split(self, count: int) -> "list[Vector]":
-        """Its parts, of equal size."""
-        return self.cut(*count * (self.size // count,))
-
-    def cut(self, *sizes: int) -> "list[Vector]":
-        """Its parts, of these sizes."""
-        starts = itertools.accumulate(sizes, initial=self.offset)
-        return [Vector(start, size, self.own) for start, size in zip(starts, sizes, strict=False)]
-
-
-class _Place(NamedTuple):
-    """Of a packed tensor, in bytes from the beginning."""
-
-    offset: int
-
-
-LOGITS = Vector(-1, 0, False)
-"""Where the logits of the next token go."""
-
-Argument = int | float | bool | Vector | _Place | None
-
-
-@dataclass(frozen=True)
-class HeadRule:
-    """What `Program.heads` does beside `S = w S + k v^T`, `o = scale q S`; None leaves it out."""
-
-    num_heads: int
-    """H, of v and the state."""
-    num_queries: int
-    """Heads of q and k, a divisor of H: so many neighbours share one."""
-    scale: float = 1.0
-    is_delta: bool = False
-    """`S = (w + b a^T) S + b v^T` with `b = strength k` and `a = -w k`."""
-    is_unit: bool = False
-    """q and k divided by their lengths."""
-    strength: Vector | None = None
-    """`[H]`, factor of what is written."""
-    strength_scale: float = 1.0
-    log_decay: Vector | None = None
-    """`[H]`, or `[H K]`: the log-decay is this times scale and rate; 1 if None."""
-    is_by_channel: bool = False
-    """Whether it is `[H K]`."""
-    decay_scale: float = 0.0
-    rate: Tensor | None = None
-    """`[H]`."""
-    divide_eps: float | None = None
-    """Divides by the sum of weights, which the state's last column carries, plus this."""
-    skip: Tensor | None = None
-    """`[H]`: the value times this is added."""
-    norm: Tensor | None = None
-    """`[V]`, weights of an RMS norm over each head."""
-    norm_eps: float = 0.0
-    gate: Vector | None = None
-    """`[H V]`, factor at the end."""
-
-    def flags(self) -> int:
-        """The kernel's `HeadFlag`s."""
-        decay = self.log_decay is not None
-        given = (
-            self.is_delta,
-            self.is_unit,
-            self.strength is not None,
-            decay and self.is_by_channel,
-            decay and not self.is_by_channel,
-            self.rate is not None,
-            self.divide_eps is not None,
-            self.skip is not None,
-            self.norm is not None,
-            self.gate is not None,
-        )
-        return sum(1 << place for place, flag in enumerate(given) if flag)
-
-
-class FinishedProgram(NamedTuple):
-    """What the kernel runs."""
-
-    instructions: np.ndarray[tuple[int, int], np.dtype[np.int64]]
-    """`[count, WORDS]`."""
-    weights: Tensor
-    """Bytes that the instructions point into; must live as long as they do."""
-    keep_alive: Sequence[Tensor]
-    """Tensors that are read where they are."""
-    shared_size: int
-    """Floats that all threads share."""
-    own_size: int
-    """Floats of each thread."""
 
 
 class Program:
@@ -307,7 +206,7 @@ class Program:
         """One more token; no thread may still want the old number."""
         self._add("count", slot)
 
-    def heads(self, q: Vector, k: Vector, v: Vector, slot: Any, rule: "HeadRule") -> Vector:
+    def heads(self, q: Vector, k: Vector, v: Vector, slot: Any, rule: HeadRule) -> Vector:
         """The additive or the delta recurrence, heads shared between the threads.
 
         q, k, v and what the rule names must be whole, at least in the thread's own heads.
@@ -434,7 +333,7 @@ class Program:
                 if not argument.own:
                     return argument.offset
                 return shared + (argument.offset + room if argument.size else 0)
-            if isinstance(argument, _Place):
+            if isinstance(argument, Place):
                 return memory.data_ptr() + argument.offset
             if isinstance(argument, float):
                 (bits,) = struct.unpack("=q", struct.pack("=d", argument))
@@ -450,18 +349,18 @@ class Program:
     def _add(self, kind: str, *arguments: Argument) -> None:
         self._instructions.append((kind, arguments))
 
-    def _row(self, vector: Tensor | None) -> _Place | None:
+    def _row(self, vector: Tensor | None) -> Place | None:
         """A packed vector, filled up with zeros."""
         if vector is None:
             return None
         missing = _padded(vector.numel()) - vector.numel()
         return self._place(torch.nn.functional.pad(vector.float(), (0, missing)))
 
-    def _place(self, tensor: Tensor | None) -> _Place | None:
+    def _place(self, tensor: Tensor | None) -> Place | None:
         if tensor is None:
             return None
         flat = tensor.detach().contiguous().flatten().view(torch.uint8)
-        place = _Place(self._bytes)
+        place = Place(self._bytes)
         self._packed.append((place.offset, flat))
         self._bytes += math.ceil(flat.numel() / 128) * 128
         return place

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from model.ops.native.instructions import FinishedProgram
 from model.ops.native.loading import library
-from model.ops.native.program import FinishedProgram
 
 _LINE = 128
 """Bytes that the arena and the barrier are aligned to."""
