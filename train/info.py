@@ -102,7 +102,7 @@ def machine_info() -> dict[str, Any]:
             {"size": name, "layers": s.num_layers, "width": s.d_model, "head": s.head_dim}
             for name, s in SIZES.items()
         ],
-        "ops": [{"op": name, "forms": ", ".join(FORMS)} for name in OPS],
+        "ops": [_op_row(name) for name in OPS],
         "mixers": [_mixer_row(name) for name in MIXERS],
         "scores of attention": [_score_row(name) for name in SCORES],
     }
@@ -201,6 +201,12 @@ def mixers_markdown() -> str:
             f"{_link(score.source)} |"
         )
     return "\n".join([*mixers, "", *scores])
+
+
+def _op_row(name: str) -> dict[str, Any]:
+    """An op with the forms that run here."""
+    compiled = ("native",) if OPS[name].native and native.is_available() else ()
+    return {"op": name, "forms": ", ".join((*FORMS, *compiled))}
 
 
 def _mixer_row(name: str) -> dict[str, Any]:
