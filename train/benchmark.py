@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from model import state as states
 from model.generation import prefill, step
 from model.language_model import LanguageModel
 from model.state import ModelState
+from train.loss import next_token_loss
 from train.memory import keep_freed_memory
 from train.optimizer import make_optimizer
 from train.recipes import recipe_of
@@ -144,8 +144,7 @@ def _training_step(model: LanguageModel, context: int, batch_size: int) -> Calla
     tokens = torch.randint(model.config.vocab_size, (batch_size, context + 1))
 
     def run() -> None:
-        logits = model(tokens[:, :-1]).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss = next_token_loss(model, tokens[:, :-1], tokens[:, 1:])
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

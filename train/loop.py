@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 
 from data.loader import Batch, TrainingBatches, validation_batches
@@ -25,6 +24,7 @@ from train import checkpoint as files
 from train.config import TrainConfig
 from train.evaluate import Evaluation, evaluate
 from train.interrupt import Interrupted, stop_on_signal
+from train.loss import next_token_loss
 from train.memory import keep_freed_memory
 from train.metrics import MetricsLog
 from train.optimizer import make_optimizer, set_rate
@@ -171,8 +171,7 @@ class _Run:
         )
         set_rate(self.optimizer, self.rate * factor)
         with torch.autocast(device.type, torch.bfloat16, enabled=_is_bf16(self.config.precision)):
-            logits = self.model(inputs, reset=reset).logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            loss = next_token_loss(self.model, inputs, targets, reset)
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         value, norm_value = float(loss.detach()), float(norm)
