@@ -1,0 +1,1 @@
+"""`ebb bench`: how fast training, prompts and tokens are, next to what the machine can do at all."""
