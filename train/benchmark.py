@@ -205,7 +205,11 @@ def training_step(model: LanguageModel, context: int, batch_size: int) -> Callab
     recipe = recipe_of(model.config.mixer)
     optimizer = make_optimizer(model, recipe, recipe.learning_rate, recipe.weight_decay)
     return step_of(
-        model, lambda tokens: model(tokens).logits, optimizer, model.config.vocab_size, context,
+        model,
+        lambda tokens: model(tokens).logits,
+        optimizer,
+        model.config.vocab_size,
+        context,
         batch_size,
     )
 

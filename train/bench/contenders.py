@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from model import state as states
 from model.config import SIZES, ModelConfig, Size
-from model.decode import FORMATS, Decoder, Engine, why_not
+from model.decode import Decoder, Engine, why_not
 from model.generation import prefill
 from model.language_model import LanguageModel
 from model.layers import MIXERS
+from model.ops.native.packing import FORMATS
 from model.presets import preset
 from train.benchmark import Begin, stepper, training_step
 from train.matching import matched, num_parameters
@@ -84,13 +85,16 @@ class Own(Running):
         self.head = model.head.weight.numel()
 
     def training(self, context: int, batch_size: int) -> Callable[[], object]:
+        """A step as in `ebb train`."""
         return training_step(self._model, context, batch_size)
 
     def prefilling(self, context: int) -> Callable[[], object]:
+        """Reads random tokens."""
         tokens = torch.randint(self._model.config.vocab_size, (1, context))
         return lambda: prefill(self._model, tokens)
 
     def decoding(self, context: int) -> tuple[Begin, int]:
+        """Through the native step where there is one."""
         tokens = torch.randint(self._model.config.vocab_size, (1, context))
         _, state = prefill(self._model, tokens)
         num_bytes = states.num_bytes(state)
@@ -166,22 +170,15 @@ def shape_of(mixer: str, size: Size, vocab_size: int) -> ModelConfig:
     return config
 
 
-def own_contenders(
-    mixers: list[str], size: Size, vocab_size: int, formats: list[str]
-) -> list[Contender]:
-    """Every mixer in every format it can be had in, all with the first one's parameters.
+def matched_shapes(mixers: list[str], size: Size, vocab_size: int) -> list[ModelConfig]:
+    """One for each mixer, all with the first one's number of parameters, within 1 %.
 
     Raises:
         ValueError: for a mixer that cannot have the size, or so few parameters.
     """
-    shapes = [shape_of(mixer, size, vocab_size) for mixer in mixers]
-    parameters = num_parameters(shapes[0])
-    shapes[1:] = [matched(shape, parameters) for shape in shapes[1:]]
-    return [
-        Contender(shape, weights, mixer=mixer)
-        for mixer, shape in zip(mixers, shapes, strict=True)
-        for weights in formats
-    ]
+    first, *rest = (shape_of(mixer, size, vocab_size) for mixer in mixers)
+    parameters = num_parameters(first)
+    return [first, *(shape if shape == first else matched(shape, parameters) for shape in rest)]
 
 
 def formats_of(shape: ModelConfig) -> list[str]:

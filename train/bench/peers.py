@@ -1,6 +1,7 @@
 """Models of other libraries at the shape of ours: `transformers` and the `rwkv` package."""
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import os
@@ -13,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from model.config import ModelConfig, Size
 from model.language_model import LanguageModel
 from model.layers.mamba2 import Mamba2, Mamba2Options
 from model.pretrained import to_official
-from train.bench.contenders import Contender, Running, count
+from train.bench.contenders import Contender, Running, count, shape_of
 from train.benchmark import Begin, step_of
+from train.matching import matched, num_parameters
 from train.recipes import recipe_of
 
-LIBRARIES = {"transformers": ("rwkv4", "mamba2", "attention"), "rwkv": ("rwkv7",)}
-"""What is measured of each library, as we call it."""
+LIBRARIES = ("transformers", "rwkv")
 
 
 def check_installed(library: str) -> None:
@@ -35,6 +36,31 @@ def check_installed(library: str) -> None:
         raise ValueError(
             f"{library} is not installed: `pip install {library}`, or leave out --against {library}"
         )
+
+
+def load(library: str) -> Any:
+    """Imports a library; the `rwkv` package reads the environment when it is imported."""
+    with _quiet():
+        if library == "rwkv":
+            os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="0")
+            return importlib.import_module("rwkv.model")
+        for name in ("rwkv.modeling_rwkv", "mamba2.modeling_mamba2", "llama.modeling_llama"):
+            importlib.import_module(f"transformers.models.{name}")
+        return importlib.import_module("transformers")
+
+
+def shape_like(first: ModelConfig, library: str, mixer: str, size: Size) -> ModelConfig:
+    """The shape to build another library's model after, with the parameters of `first`.
+
+    Where the library fixes the width inside (its Mamba-2), or the comparison is of one and the same
+    model (the `rwkv` package), they are as many as they are.
+
+    Raises:
+        ValueError: for a mixer that cannot have the size.
+    """
+    shape = shape_of(mixer, size, first.vocab_size)
+    is_fixed = library == "rwkv" or mixer == "mamba2"
+    return shape if is_fixed else matched(shape, num_parameters(first))
 
 
 def build(contender: Contender, own: Callable[[ModelConfig], LanguageModel]) -> Running:
@@ -57,6 +83,7 @@ class Transformers(Running):
         self.head = count(self._model.get_output_embeddings())
 
     def training(self, context: int, batch_size: int) -> Callable[[], object]:
+        """A step like ours, with one group of parameters."""
         model, recipe = self._model.train(), recipe_of(self._shape.mixer)
         optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -76,6 +103,7 @@ class Transformers(Running):
         )
 
     def prefilling(self, context: int) -> Callable[[], object]:
+        """Reads random tokens."""
         self._model.eval()
         tokens = torch.randint(self._shape.vocab_size, (1, context))
         return lambda: self._read(tokens, None)
@@ -106,8 +134,7 @@ class Transformers(Running):
 
 
 def _from_transformers(shape: ModelConfig) -> Any:
-    import transformers
-
+    transformers = load("transformers")
     common = {
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.d_model,
@@ -156,15 +183,10 @@ def _ffn_dim(shape: ModelConfig) -> int:
 
 
 class RwkvPackage(Running):
-    """RWKV-7 of the `rwkv` package, float32, compiled by TorchScript as it recommends.
-
-    It reads its environment when it is imported.
-    """
+    """RWKV-7 of the `rwkv` package, float32, compiled by TorchScript as it recommends."""
 
     def __init__(self, model: LanguageModel) -> None:
-        os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="0")
-        from rwkv.model import RWKV
-
+        package = load("rwkv")
         self._vocabulary = model.config.vocab_size
         self.parameters = model.num_parameters()
         self.multiplied = self.parameters - model.embedding.weight.numel()
@@ -172,16 +194,19 @@ class RwkvPackage(Running):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rwkv7.pth"
             torch.save(to_official(model.config, model.state_dict(), complete_first=True), path)
-            self._model = RWKV(model=str(path.with_suffix("")), strategy="cpu fp32")
+            self._model = package.RWKV(model=str(path.with_suffix("")), strategy="cpu fp32")
 
     def training(self, context: int, batch_size: int) -> Callable[[], object]:
+        """Not there."""
         raise AssertionError("the package does not train")
 
     def prefilling(self, context: int) -> Callable[[], object]:
+        """Reads random tokens."""
         tokens = torch.randint(self._vocabulary, (context,)).tolist()
         return lambda: self._model.forward(tokens, None)
 
     def decoding(self, context: int) -> tuple[Begin, int]:
+        """A token a call, with a copy of the state."""
         tokens = torch.randint(self._vocabulary, (context,)).tolist()
         with _quiet():
             _, state = self._model.forward(tokens, None)
