@@ -21,6 +21,7 @@ from train.bench.contenders import Contender, formats_of, matched_shapes, parse_
 from train.bench.growth import save_growth_plots
 from train.bench.jobs import Job
 from train.bench.machine import Machine
+from train.bench.memory import peak_memory
 from train.bench.ops import measure_op
 from train.bench.rows import Row, machine_line, markdown, table
 from train.bench.tasks import Budget, measure
@@ -251,15 +252,17 @@ def _groups(
                 yield measure_op(op, context, machine, config.budget)
         return
     groups = jobs_of(task, config)
-    with display.noted_task(task, len(groups)) as update:
-        for done, jobs in enumerate(groups):
-            yield measure(
-                jobs,
-                machine,
-                config.budget,
-                config.memory,
-                lambda note, done=done: update(done, note),  # type: ignore[misc]
-            )
+    done = 0
+    with display.noted_task(task, sum(map(len, groups))) as update:
+        for jobs in groups:
+            update(done, f"{len(jobs)} in turn")
+            rows = measure(jobs, machine, config.budget)
+            for place, job in enumerate(jobs):
+                if config.memory:
+                    update(done, f"memory of {job.contender.name}")
+                    rows[place] = rows[place].with_memory(peak_memory(job))
+                done += 1
+            yield rows
 
 
 def _show(rows: Sequence[Row], config: BenchConfig) -> None:

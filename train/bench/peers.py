@@ -58,6 +58,8 @@ def shape_like(first: ModelConfig, library: str, mixer: str, size: Size) -> Mode
     Raises:
         ValueError: for a mixer that cannot have the size.
     """
+    if mixer == "rwkv4" and size.num_layers < 2:
+        raise ValueError("the RWKV-4 of transformers has at least two layers: choose such a --size")
     shape = shape_of(mixer, size, first.vocab_size)
     is_fixed = library == "rwkv" or mixer == "mamba2"
     return shape if is_fixed else matched(shape, num_parameters(first))

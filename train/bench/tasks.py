@@ -7,7 +7,6 @@ from statistics import median
 from train.bench.contenders import Contender, Running, Workshop
 from train.bench.jobs import Job, flops_per_token, prepared
 from train.bench.machine import Machine
-from train.bench.memory import peak_memory
 from train.bench.rows import Row
 from train.benchmark import Measurement, burst, take_turns, timed
 
@@ -23,21 +22,13 @@ class Budget:
     """At least."""
 
 
-def measure(
-    jobs: Sequence[Job],
-    machine: Machine,
-    budget: Budget,
-    with_memory: bool,
-    advance: Callable[[str], None],
-) -> list[Row]:
+def measure(jobs: Sequence[Job], machine: Machine, budget: Budget) -> list[Row]:
     """All jobs take turns with each other, with matrix products and, decoding, with plain reads.
 
     Args:
         jobs: of one task.
         machine: collects what it can do.
         budget: of each job.
-        with_memory: whether peak memory is measured too, in a process for each job.
-        advance: called with what is being measured.
 
     Raises:
         ValueError: for a model that cannot be had.
@@ -47,16 +38,8 @@ def measure(
     for job in jobs:
         if job.contender not in models:
             models[job.contender] = workshop.build(job.contender)
-    advance(f"{len(jobs)} in turn")
-    measured = (_decoding if jobs[0].task == "decode" else _steps)(jobs, models, machine, budget)
-    del models, workshop
-    rows = []
-    for row, job in zip(measured, jobs, strict=True):
-        if with_memory:
-            advance(f"memory of {job.contender.name}")
-            row = row.with_memory(peak_memory(job))
-        rows.append(row)
-    return rows
+    run = _decoding if jobs[0].task == "decode" else _steps
+    return run(jobs, models, machine, budget)
 
 
 def _steps(
