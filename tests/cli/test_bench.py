@@ -4,6 +4,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from runs import ebb, only_line
 
 from model.language_model import LanguageModel
 from model.ops import OPS, native
-from train.bench import command, memory
+from train.bench import command, machine, memory
 from train.bench.command import BenchConfig, jobs_of
 from train.bench.contenders import parse_size, shape_of
 from train.bench.growth import save_growth_plots
@@ -30,6 +32,11 @@ ROW = {
     *("tokens_per_s", "gflops", "fraction_of_gemm", "fraction_of_bandwidth", "peak_memory_bytes"),
 }
 needs_kernels = pytest.mark.skipif(not native.is_available(), reason="no compiled kernels")
+
+
+@pytest.fixture(autouse=True)
+def _small_probe(monkeypatch):
+    monkeypatch.setattr(machine, "PLAIN", 2**24)
 
 
 def read(capsys, *args):
@@ -130,7 +137,7 @@ def test_other_libraries_take_part(capsys):
     assert [row["mixer"] for row in rows["rows"]] == [*names, "rwkv7 (rwkv)"]
     ours, theirs = rows["rows"][0], rows["rows"][-1]
     assert ours["parameters"] == theirs["parameters"]
-    report = read(capsys, "train", *flags, "--against", "transformers")
+    report = read(capsys, "train", *flags, "--batch-size", "2", "--against", "transformers")
     assert [row["mixer"] for row in report["rows"]] == names[:3]
 
 
@@ -172,6 +179,17 @@ def test_what_is_measured_when_nothing_is_said():
         assert [job.contender.weights for job in decoding] == ["fp32", "bf16", "int8", "int4"]
 
 
+def test_the_commands_of_the_page_can_be_run():
+    page = (Path(__file__).parents[2] / "train" / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^ebb bench (.+)$", page, re.MULTILINE)
+    assert len(commands) > 5
+    for flags in commands:
+        config = tyro.cli(BenchConfig, args=flags.split())
+        assert config.markdown
+        if config.task != "ops":
+            assert jobs_of(config.task, config)
+
+
 def test_turns_alternate_and_the_first_is_not_counted():
     order = []
 
@@ -199,8 +217,8 @@ def test_a_burst_starts_from_the_same_text():
 
 def test_plain_reads_touch_all_of_the_memory():
     """Twice as many bytes take about twice as long."""
-    machine, token = Machine(), torch.zeros(1)
-    large, small = machine.reading(64 * 2**20)(), machine.reading(8 * 2**20)()
+    host, token = Machine(), torch.zeros(1)
+    large, small = host.reading(64 * 2**20)(), host.reading(8 * 2**20)()
 
     def best(read):
         times = []
