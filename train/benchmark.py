@@ -1,12 +1,15 @@
 """Speed and memory, measured so that a noisy machine hurts all mixers alike: in turn, medians."""
 
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from model import state as states
 from model.generation import prefill, step
@@ -16,6 +19,10 @@ from train.loss import next_token_loss
 from train.memory import keep_freed_memory
 from train.optimizer import make_optimizer
 from train.recipes import recipe_of
+
+Key = TypeVar("Key")
+Begin = Callable[[], Callable[[torch.Tensor], object]]
+"""Gives a function that reads one token `[1]` after the other, on from the same text each time."""
 
 BURST = 10
 """Tokens that one model decodes before the next has its turn."""
@@ -50,6 +57,49 @@ class Decoding:
     state_bytes: int
 
 
+def take_turns(
+    runs: Mapping[Key, Callable[[], Sequence[float]]],
+    *,
+    rounds: int,
+    seconds: float = 0.0,
+    warm_up: int = 1,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[Key, list[float]]:
+    """Runs everything once, then everything again, and so on: what slows one slows all.
+
+    Args:
+        runs: each gives its own measurements, one or more a turn.
+        rounds: counted turns of each, at least.
+        seconds: goes on with the turns until so much time has passed.
+        warm_up: turns before them that are not counted.
+        advance: called after every run.
+    """
+    spent: dict[Key, list[float]] = {key: [] for key in runs}
+    start = time.perf_counter()
+    for turn in itertools.count():
+        if turn == warm_up:
+            start = time.perf_counter()
+        if turn >= warm_up + rounds and time.perf_counter() - start >= seconds:
+            break
+        for key, run in runs.items():
+            values = run()
+            if turn >= warm_up:
+                spent[key] += values
+            advance()
+    return spent
+
+
+def timed(run: Callable[[], object]) -> Callable[[], list[float]]:
+    """The same as a turn of its own: gives its seconds."""
+
+    def turn() -> list[float]:
+        start = time.perf_counter()
+        run()
+        return [time.perf_counter() - start]
+
+    return turn
+
+
 def measure_training(
     models: Mapping[str, LanguageModel],
     *,
@@ -68,15 +118,10 @@ def measure_training(
         advance: called after every step.
     """
     keep_freed_memory()
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    steps = {name: _training_step(model, context, batch_size) for name, model in models.items()}
-    for turn in range(rounds + 1):
-        for name, run in steps.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-            advance()
+    steps = {
+        name: timed(training_step(model, context, batch_size)) for name, model in models.items()
+    }
+    seconds = take_turns(steps, rounds=rounds, advance=advance)
     tokens = context * batch_size
     return {name: Measurement.of([tokens / s for s in spent]) for name, spent in seconds.items()}
 
@@ -90,9 +135,6 @@ def measure_decoding(
 ) -> dict[str, list[Decoding]]:
     """Milliseconds a token at several contexts; contexts and models take turns by bursts.
 
-    In a burst a model finds its own weights in the caches, as it does when it runs alone; the first
-    tokens of each, which do not, are not counted.
-
     Args:
         models: by name.
         contexts: tokens already seen, rising.
@@ -101,50 +143,92 @@ def measure_decoding(
     """
     states_at: list[dict[str, ModelState]] = []
     current = {name: model.initial_state(1) for name, model in models.items()}
+    vocabulary = min(model.config.vocab_size for model in models.values())
     for context, before in zip(contexts, [0, *contexts], strict=False):
-        prompt = _random_tokens(models, context - before)
+        prompt = torch.randint(vocabulary, (1, context - before))
         for name, model in models.items():
             _, current[name] = prefill(model, prompt, current[name])
             advance()
         states_at.append(dict(current))
-    spent: dict[tuple[str, int], list[float]] = {}
-    for _ in range(math.ceil(tokens / BURST)):
-        for context, at in zip(contexts, states_at, strict=True):
-            for name, model in models.items():
-                milliseconds = _burst(model, at[name], _random_tokens(models, UNCOUNTED + BURST))
-                spent.setdefault((name, context), []).extend(milliseconds[UNCOUNTED:])
+    runs = {
+        (name, context): burst(stepper(model, at[name]), vocabulary)
+        for context, at in zip(contexts, states_at, strict=True)
+        for name, model in models.items()
+    }
+    spent = take_turns(runs, rounds=math.ceil(tokens / BURST), warm_up=0)
     return {
         name: [
-            Decoding(context, Measurement.of(spent[name, context]), states.num_bytes(at[name]))
+            Decoding(
+                context,
+                Measurement.of([1e3 * seconds for seconds in spent[name, context]]),
+                states.num_bytes(at[name]),
+            )
             for context, at in zip(contexts, states_at, strict=True)
         ]
         for name in models
     }
 
 
-def _burst(model: LanguageModel, state: ModelState, tokens: torch.Tensor) -> list[float]:
-    """Milliseconds of a step for each of `tokens [1, T]`."""
-    spent = []
-    for token in tokens.unbind(1):
-        start = time.perf_counter()
-        _, state = step(model, token, state)
-        spent.append(1e3 * (time.perf_counter() - start))
-    return spent
+def burst(begin: Begin, vocabulary: int) -> Callable[[], list[float]]:
+    """As a turn: the seconds of each of ten random tokens, always after the same text.
+
+    In a burst a model finds its own weights in the caches, as it does when it runs alone; the first
+    tokens of each, which do not, are not counted.
+    """
+
+    def turn() -> list[float]:
+        read, spent = begin(), []
+        for token in torch.randint(vocabulary, (UNCOUNTED + BURST, 1)):
+            start = time.perf_counter()
+            read(token)
+            spent.append(time.perf_counter() - start)
+        return spent[UNCOUNTED:]
+
+    return turn
 
 
-def _random_tokens(models: Mapping[str, LanguageModel], length: int) -> torch.Tensor:
-    """`[1, length]` tokens that every model knows."""
-    vocabulary = min(model.config.vocab_size for model in models.values())
-    return torch.randint(vocabulary, (1, length))
+def stepper(model: LanguageModel, state: ModelState) -> Begin:
+    """A model that reads on from a state, which stays as it is."""
+
+    def begin() -> Callable[[torch.Tensor], object]:
+        current = state
+
+        def read(token: torch.Tensor) -> None:
+            nonlocal current
+            _, current = step(model, token, current)
+
+        return read
+
+    return begin
 
 
-def _training_step(model: LanguageModel, context: int, batch_size: int) -> Callable[[], None]:
+def training_step(model: LanguageModel, context: int, batch_size: int) -> Callable[[], None]:
+    """A whole step on random tokens, as in `ebb train`."""
     recipe = recipe_of(model.config.mixer)
     optimizer = make_optimizer(model, recipe, recipe.learning_rate, recipe.weight_decay)
-    tokens = torch.randint(model.config.vocab_size, (batch_size, context + 1))
+    return step_of(
+        model,
+        lambda inputs, targets: next_token_loss(model, inputs, targets),
+        optimizer,
+        model.config.vocab_size,
+        context,
+        batch_size,
+    )
+
+
+def step_of(
+    model: nn.Module,
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    vocab_size: int,
+    context: int,
+    batch_size: int,
+) -> Callable[[], None]:
+    """A whole step of any module: forward, backward, clipping and the optimiser."""
+    tokens = torch.randint(vocab_size, (batch_size, context + 1))
 
     def run() -> None:
-        loss = next_token_loss(model, tokens[:, :-1], tokens[:, 1:])
+        loss = loss_of(tokens[:, :-1], tokens[:, 1:])
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

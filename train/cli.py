@@ -48,6 +48,12 @@ COMMANDS = {
     "compare": Command(
         "train several mixers alike and report on them", "train.compare", "CompareConfig", "compare"
     ),
+    "bench": Command(
+        "measure speed and memory, next to what the machine can do",
+        "train.bench.command",
+        "BenchConfig",
+        "bench",
+    ),
     "convert": Command(
         "import an official RWKV checkpoint, or export a run as one",
         "train.convert",

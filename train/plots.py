@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import cycle, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -53,8 +53,30 @@ def save_loss_plot(results: dict[str, Any], path: Path) -> None:
 
 def save_generation_plot(results: dict[str, Any], path: Path) -> None:
     """Milliseconds a token and bytes of state against the context, both on log axes."""
-    figure, (time, memory) = _figure(results)
     models = results["models"]
+    contexts = sorted({point["context"] for model in models for point in model["generation"]})
+    labels = Labels(
+        "Context (tokens already read)",
+        "Time per generated token (ms)",
+        "Memory for the state",
+        *_generation_titles(models, contexts),
+    )
+    save_growth_plot(models, labels, path)
+
+
+class Labels(NamedTuple):
+    """What the axes of a growth plot are, and what it says."""
+
+    x: str
+    time: str
+    memory: str
+    time_title: str
+    memory_title: str
+
+
+def save_growth_plot(models: list[dict[str, Any]], labels: Labels, path: Path) -> None:
+    """`generation` of each model: points of `ms_per_token` and `state_bytes` at each `context`."""
+    figure, (time, memory) = _figure({"models": models})
     contexts = sorted({point["context"] for model in models for point in model["generation"]})
     for model, style in zip(models, _styles(), strict=False):
         points = sorted(model["generation"], key=lambda point: int(point["context"]))
@@ -68,12 +90,11 @@ def save_generation_plot(results: dict[str, Any], path: Path) -> None:
     _log_axis(memory, _values(models, ("state_bytes",)), _bytes_text)
     for axes in (time, memory):
         _context_axis(axes, contexts)
-        axes.set_xlabel("Context (tokens already read)")
-    time.set_ylabel("Time per generated token (ms)")
-    memory.set_ylabel("Memory for the state")
-    left, right = _generation_titles(models, contexts)
-    _title(time, left)
-    _title(memory, right)
+        axes.set_xlabel(labels.x)
+    time.set_ylabel(labels.time)
+    memory.set_ylabel(labels.memory)
+    _title(time, labels.time_title)
+    _title(memory, labels.memory_title)
     _save(
         figure, "Points: medians. Bands: the middle half of the measurements. Both axes log.", path
     )

@@ -27,7 +27,7 @@ def test_help_names_every_flag(name, capsys):
     assert text.startswith(f"usage: ebb {name}")
     config = getattr(importlib.import_module(command.module), command.config)
     for field in dataclasses.fields(config):
-        if field.name not in ("checkpoint", "source", "target"):
+        if field.name not in ("checkpoint", "source", "target", "task"):
             assert f"--{field.name.replace('_', '-')} " in text.replace(",", " ")
 
 
@@ -40,6 +40,7 @@ def test_flags_that_people_rely_on(capsys):
         "convert": "tokenizer group-norm-eps",
         "info": "json",
         "verify": "mixers quick full json",
+        "bench": "mixers size context against weights threads json out",
     }
     for name, flags in relied_on.items():
         assert ebb(name, "-h") == 0
