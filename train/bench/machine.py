@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,6 +53,11 @@ class Machine:
         memory = self._memory[: count // 4]
         run: Callable[[Tensor], object] = read_all if native.is_available() else torch.sum
         return lambda: lambda token: run(memory)
+
+    def note_reads(self, count: int, seconds: Sequence[float]) -> None:
+        """Measured reads of `count` bytes, which count where the caches cannot hold them."""
+        if count >= PLAIN:
+            self._bandwidths += [1e-9 * count / spent for spent in seconds]
 
     def release(self) -> None:
         """Gives back the memory that was read."""

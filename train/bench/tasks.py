@@ -74,6 +74,8 @@ def _decoding(
     runs[GEMM] = machine.multiply
     found = take_turns(runs, rounds=budget.rounds, seconds=budget.seconds * len(jobs))
     machine.release()
+    for size in set(sizes.values()):
+        machine.note_reads(size, found[size])
     gemm = median(found[GEMM])
     rows = []
     for job in jobs:
