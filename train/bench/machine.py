@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.ops import native
-from model.ops.native.program import _huge_pages
+from model.ops.native.program import huge_pages
 from model.ops.native.step import read_all
 
 WIDTH = 1024
@@ -48,7 +48,7 @@ class Machine:
         """As a model that reads `count` bytes a token and does nothing with them."""
         count -= count % 64
         if self._memory.numel() * 4 < count:
-            self._memory = _huge_pages(count).view(torch.float32)
+            self._memory = huge_pages(count).view(torch.float32)
             self._memory.fill_(1.0)
         memory = self._memory[: count // 4]
         run: Callable[[Tensor], object] = read_all if native.is_available() else torch.sum
