@@ -47,6 +47,11 @@ class Engine:
             self._like = [(tensor.shape, tensor.dtype) for _, tensor in tensors(like)]
             self._step = Step(_describe(model, weights, like).finish())
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the packed weights, all of which are read for a token."""
+        return self._step.num_bytes
+
     def is_current(self) -> bool:
         """Whether the model still is what it was when this was made."""
         return all(part.is_current() for part in self._parts)

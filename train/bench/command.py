@@ -26,6 +26,7 @@ from train.bench.ops import measure_op
 from train.bench.rows import Row, machine_line, markdown, table
 from train.bench.tasks import Budget, measure
 from train.config import at_least, parse_count
+from train.memory import keep_freed_memory
 from train.progress import Display
 
 STEP = 2048
@@ -170,6 +171,7 @@ def bench(config: BenchConfig) -> None:
         raise ValueError(f"there is no folder {config.out.parent} to write {config.out.name} in")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    keep_freed_memory()
     machine, rows = Machine(), []
     with Display() as display:
         for task in config.tasks:

@@ -11,6 +11,7 @@ from torch import nn
 from train.bench.contenders import Workshop
 from train.bench.jobs import Job, prepared
 from train.bench.machine import peak_of
+from train.memory import keep_freed_memory
 
 
 def peak_memory(job: Job) -> int | None:
@@ -44,6 +45,7 @@ def _work(job: Job, threads: int, sender: Connection) -> None:
     """Of the process: does the job twice, as what an optimiser keeps is there after the first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone hears of Ctrl-C
     torch.set_num_threads(threads)
+    keep_freed_memory()
     if job.contender.library != "ebb":
         from train.bench import peers
 

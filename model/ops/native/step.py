@@ -46,6 +46,11 @@ class Step:
         self._barrier = _aligned(library().decode_barrier_size())
         self._description = _Program()
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the packed weights."""
+        return self._program.weights.numel()
+
     def __call__(self, token: int, before: Pointers, after: Pointers, logits: Tensor) -> None:
         """Reads a token; `after` may be `before`. The token must be in the vocabulary."""
         threads = torch.get_num_threads()
