@@ -21,7 +21,7 @@ from model.layers.feature_maps import monomials, num_monomials, num_taylor, tayl
 from model.layers.layer import Context
 from model.layers.rotary import document_positions
 from model.ops import OPS
-from model.ops.scores import SCORES
+from model.ops.scores import SCORES, by_rows
 from model.presets import parse_mixer
 from model.state import concatenate, num_bytes, select_rows
 
@@ -189,3 +189,14 @@ def test_taylor_features_make_the_second_order_of_exp():
     assert_close((taylor(x) * taylor(y)).sum(-1), 1 + s + s**2 / 2, 1e-12)
     assert taylor(x).shape == (5, num_taylor(7))
     assert num_taylor(7) == 1 + 7 + 28
+
+
+def test_a_users_score_is_a_mixer_like_the_others(monkeypatch):
+    """A row of its own: by name, in all forms, with documents, split, and as the table's relu."""
+    monkeypatch.setitem(SCORES, "mine", by_rows(lambda s: s.relu() / s.shape[-1]))
+    model, tokens = attention("mine"), random_tokens(2, TIME)
+    reset = resets_at(2, TIME, RESETS)
+    expected = with_gradients(attention("relu"), tokens, "recurrent", reset=reset)
+    for form, cuts in (("parallel", ()), ("chunked", (20, 21)), ("recurrent", ())):
+        actual = with_gradients(model, tokens, form, reset=reset, pieces=cuts)
+        assert_all_close(actual, expected, 1e-9)
