@@ -81,11 +81,13 @@ EBB_INLINE void expect(const Stretch<Real>& p, int64_t t) {
 
 template <class Real, int NV>
 EBB_INLINE void load_all(Vector<Real> (&x)[NV], const Real* p) {
+#pragma GCC unroll 4
   for (int j = 0; j < NV; ++j) x[j] = load(p + j * LANES<Real>);
 }
 
 template <class Real, int NV>
 EBB_INLINE void store_all(Real* p, const Vector<Real> (&x)[NV]) {
+#pragma GCC unroll 4
   for (int j = 0; j < NV; ++j) store(p + j * LANES<Real>, x[j]);
 }
 

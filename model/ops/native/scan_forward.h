@@ -57,8 +57,10 @@ EBB_INLINE void forward_panel(const Scan<Real>& s, int64_t index, int64_t column
   for (int64_t i = 0; i < K; ++i) {
     clear<Real>(row);
     if (s.initial) load<Real>(row, s.initial + (index * K + i) * s.value_dim + column, columns);
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) store(S + i * width + j * lanes, row[j]);
     if constexpr (DELTA)
+#pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) removed[j] += row[j] * s.a[h.key_offset + i];
   }
 
@@ -72,6 +74,7 @@ EBB_INLINE void forward_panel(const Scan<Real>& s, int64_t index, int64_t column
     if (s.checkpoints && t % s.chunk == 0) {
       Real* const to = checkpoint_at(s, index, t) + column;
       for (int64_t i = 0; i < K; ++i)
+#pragma GCC unroll 4
         for (int j = 0; j < NV; ++j)
           store(to + i * padded_width(s.value_dim) + j * lanes, load(S + i * width + j * lanes));
     }
@@ -96,10 +99,12 @@ EBB_INLINE void forward_panel(const Scan<Real>& s, int64_t index, int64_t column
     }
     if constexpr (BONUS) {
       const Real own = own_weight(s, h, x);
+#pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) o[j] += v[j] * own;
     }
     if constexpr (DELTA)
       if (s.removed) store<Real>(s.removed + at, removed, columns);
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
       o[j] *= Real(s.scale);
       removed[j] = next[j];
