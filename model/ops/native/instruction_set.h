@@ -12,6 +12,8 @@ namespace EBB_NAMESPACE {
 #include "rows_rwkv7.h"
 #include "rows_head_norm.h"
 #include "rows_norm.h"
+#include "rows_convolution.h"
+#include "rows_head_rms.h"
 #include "rows_activation.h"
 #include "rows_table.h"
 
