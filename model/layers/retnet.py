@@ -87,7 +87,7 @@ class RetNet(Layer):
             scale=self.head_dim**-0.5,
             initial_state=state.matrix,
         )
-        y = self.output(self.head_norm(o) * F.silu(self.gate(x)))
+        y = self.output(self.head_norm(o, self.gate(x)))
         return y, RetNetState(matrix, position[:, -1] + 1)
 
     def describe_step(

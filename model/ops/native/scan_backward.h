@@ -55,7 +55,10 @@ EBB_INLINE Inputs<Real> inputs_at(const Stretch<Real>& p, int64_t t) {
     }
   if (K != p.keys || !x.decay_step) {
     Real* const to = p.padded + 4 * p.keys;
-    for (int64_t i = 0; i < K; ++i) to[i] = x.decay[i * x.decay_step];
+    if (x.decay_step)
+      for (int64_t i = 0; i < K; ++i) to[i] = x.decay[i];
+    else
+      for (int64_t i = 0; i < p.keys; i += LANES<Real>) store(to + i, Vector<Real>{} + *x.decay);
     y.decay = to;
   }
   return y;
@@ -233,9 +236,9 @@ EBB_INLINE void put_decay(const Stretch<Real>& p, int64_t offset) {
     put(p, p.d.decay, offset, FOR_DECAY);
   } else if (p.s.decay_channels == 1) {
     Real* const to = p.d.decay + p.part * (p.s.keys() / K) + offset / K;
-    Real sum = p.add ? *to : 0;
-    for (int64_t i = 0; i < K; ++i) sum += p.sums[FOR_DECAY * p.keys + i];
-    *to = sum;
+    Vector<Real> sum{};
+    for (int64_t i = 0; i < p.keys; i += LANES<Real>) sum += load(p.sums + FOR_DECAY * p.keys + i);
+    *to = sum_lanes<Real>(sum) + (p.add ? *to : 0);
   }
 }
 

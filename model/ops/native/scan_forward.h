@@ -43,6 +43,25 @@ EBB_INLINE Real* checkpoint_at(const Scan<Real>& s, int64_t index, int64_t t) {
   return s.checkpoints + (index * chunks + t / s.chunk) * s.key_dim * padded_width(s.value_dim);
 }
 
+// A row of the state through one token: read, written, and what it adds to the sums over rows.
+template <class Real, int NV, bool DELTA, bool BONUS>
+EBB_INLINE void through_row(Real* p, const Token<Real>& x, const Real* a, int64_t i,
+                            const Vector<Real> (&v)[NV], const Vector<Real> (&removed)[NV],
+                            Vector<Real> (&o)[NV], Vector<Real> (&next)[NV]) {
+  constexpr int lanes = LANES<Real>;
+  const Real decay = x.decay[i * x.decay_step], k = x.k[i], q = x.q[i];
+  const Real put_back = DELTA ? x.b[i] : 0, remove = DELTA ? a[i] : 0;
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) {
+    const Vector<Real> old = load(p + j * lanes);
+    Vector<Real> now = old * decay + v[j] * k;
+    if constexpr (DELTA) now += removed[j] * put_back;
+    store(p + j * lanes, now);
+    o[j] += (BONUS ? old : now) * q;
+    if constexpr (DELTA) next[j] += now * remove;
+  }
+}
+
 template <class Real, int NV, bool DELTA, bool BONUS>
 EBB_INLINE void forward_panel(const Scan<Real>& s, int64_t index, int64_t column, Real* scratch) {
   using V = Vector<Real>;
@@ -51,7 +70,7 @@ EBB_INLINE void forward_panel(const Scan<Real>& s, int64_t index, int64_t column
   const int64_t K = s.key_dim;
   const int64_t columns = s.value_dim - column < width ? s.value_dim - column : width;
   Real* const S = scratch;
-  V removed[NV], next[NV], o[NV], v[NV], row[NV];
+  V removed[NV], next[NV], o[NV], odd_next[NV], odd_o[NV], v[NV], row[NV];
   clear<Real>(removed);
   clear<Real>(next);
   for (int64_t i = 0; i < K; ++i) {
@@ -83,20 +102,26 @@ EBB_INLINE void forward_panel(const Scan<Real>& s, int64_t index, int64_t column
     load<Real>(v, s.v + at, columns);
     clear<Real>(o);
     clear<Real>(next);
-    for (int64_t i = 0; i < K; ++i) {
-      Real* const p = S + i * width;
-      const Real decay = x.decay[i * x.decay_step], k = x.k[i], q = x.q[i];
-      const Real put_back = DELTA ? x.b[i] : 0, remove = DELTA ? a[i] : 0;
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) {
-        const V old = load(p + j * lanes);
-        V now = old * decay + v[j] * k;
-        if constexpr (DELTA) now += removed[j] * put_back;
-        store(p + j * lanes, now);
-        o[j] += (BONUS ? old : now) * q;
-        if constexpr (DELTA) next[j] += now * remove;
+    // Narrow panels sum even and odd rows apart: an addition waits for the one before it.
+    constexpr bool apart = NV <= 2;
+    int64_t i = 0;
+    if constexpr (apart) {
+      clear<Real>(odd_o);
+      clear<Real>(odd_next);
+      for (; i + 1 < K; i += 2) {
+        through_row<Real, NV, DELTA, BONUS>(S + i * width, x, a, i, v, removed, o, next);
+        through_row<Real, NV, DELTA, BONUS>(S + (i + 1) * width, x, a, i + 1, v, removed, odd_o,
+                                            odd_next);
       }
     }
+    for (; i < K; ++i)
+      through_row<Real, NV, DELTA, BONUS>(S + i * width, x, a, i, v, removed, o, next);
+    if constexpr (apart)
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) {
+        o[j] += odd_o[j];
+        if constexpr (DELTA) next[j] += odd_next[j];
+      }
     if constexpr (BONUS) {
       const Real own = own_weight(s, h, x);
 #pragma GCC unroll 4
