@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from model.config import MixerOptions, ModelConfig
@@ -113,10 +113,7 @@ class Mamba2(Layer):
         z, *parts, steps = (F.linear(x, w) for w in self.input.weight.split(widths))
         (value, b, c), window = self.convolution(parts, state.window, context.reset)
         value = rearrange(value, "b t (h p) -> b t h p", h=self.num_heads)
-        b, c = (
-            repeat(y, "b t (g n) -> b t (g r) n", g=self.groups, r=self.num_heads // self.groups)
-            for y in (b, c)
-        )
+        b, c = (rearrange(y, "b t (g n) -> b t g n", g=self.groups) for y in (b, c))
         step = F.softplus(steps + self.step_bias)
         o, matrix = context.run(
             "additive",

@@ -1,6 +1,7 @@
 """The scan over a matrix state, native: additive and delta recurrence as one operator of PyTorch.
 
-`scan.h` says what it computes. Shape legend: B batch, T time, H heads, K key dim, V value dim.
+`scan.h` says what it computes. Shape legend: B batch, T time, H heads, G heads of q and k, K key
+dim, V value dim.
 """
 
 import ctypes
@@ -25,7 +26,8 @@ class _Scan(ctypes.Structure):
     """`Scan` of scan.h."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "time", "heads", "key_dim", "value_dim")),
+        *((name, ctypes.c_int64) for name in ("batch", "time", "heads", "key_heads")),
+        *((name, ctypes.c_int64) for name in ("key_dim", "value_dim")),
         ("chunk", ctypes.c_int64),
         ("decay_channels", ctypes.c_int64),
         ("scale", ctypes.c_double),
@@ -50,20 +52,25 @@ class _ScanGradient(ctypes.Structure):
 
 
 def _describe(k: Tensor, v: Tensor, decay: Tensor | None, scale: float, **tensors: Any) -> _Scan:
-    batch, time, heads, key_dim = k.shape
+    batch, time, key_heads, key_dim = k.shape
     channels = 0 if decay is None else 1 if decay.dim() == 3 else key_dim
     pointers = {
         name: pointer(x) for name, x in (tensors | {"k": k, "v": v, "decay": decay}).items()
     }
-    sizes = (batch, time, heads, key_dim, v.shape[-1], CHUNK, channels)
+    sizes = (batch, time, v.shape[2], key_heads, key_dim, v.shape[-1], CHUNK, channels)
     return _Scan(*sizes, scale, **pointers)
+
+
+def _state_shape(k: Tensor, v: Tensor) -> list[int]:
+    """`[B, H, K, V]`."""
+    return [v.shape[0], v.shape[2], k.shape[-1], v.shape[-1]]
 
 
 def _saved_shapes(k: Tensor, v: Tensor, has_removal: bool) -> tuple[list[int], list[int]]:
     """Of what the forward pass keeps: what was removed, and the state before each chunk."""
-    batch, time, heads, key_dim = k.shape
+    batch, time, _, key_dim = k.shape
     padded = -(-v.shape[-1] // 16) * 16
-    checkpoints = [batch, heads, -(-time // CHUNK), key_dim, padded]
+    checkpoints = [batch, v.shape[2], -(-time // CHUNK), key_dim, padded]
     return [*v.shape] if has_removal else [0], checkpoints
 
 
@@ -83,8 +90,9 @@ def scan_now(
     """Runs the forward pass at once, unseen by autograd and by compilers.
 
     Args:
-        q: `[B, T, H, K]`.
-        k: `[B, T, H, K]`.
+        q: `[B, T, G, K]`, each shared by H / G neighbouring heads; fewer than H only without a, b,
+            bonus and a decay a channel.
+        k: `[B, T, G, K]`.
         v: `[B, T, H, V]`.
         a: `[B, T, H, K]`, or None for the additive recurrence.
         b: `[B, T, H, K]`, with a.
@@ -101,8 +109,7 @@ def scan_now(
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     a, b, decay, bonus, reset, initial = map(contiguous, (a, b, decay, bonus, reset, initial))
-    batch, _, heads, key_dim = k.shape
-    o, final = torch.empty_like(v), v.new_empty(batch, heads, key_dim, v.shape[-1])
+    o, final = torch.empty_like(v), v.new_empty(_state_shape(k, v))
     shapes = _saved_shapes(k, v, a is not None) if keep else ([0], [0])
     removed, checkpoints = v.new_empty(shapes[0]), v.new_empty(shapes[1])
     written = {"o": o, "final": final, "removed": removed, "checkpoints": checkpoints}
@@ -129,9 +136,8 @@ def _(
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, _, heads, key_dim = k.shape
     shapes = _saved_shapes(k, v, a is not None) if keep else ([0], [0])
-    final = v.new_empty(batch, heads, key_dim, v.shape[-1])
+    final = v.new_empty(_state_shape(k, v))
     return v.new_empty(v.shape), final, v.new_empty(shapes[0]), v.new_empty(shapes[1])
 
 
@@ -152,14 +158,17 @@ def scan_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, a, b, decay, bonus and the initial state; empty for what is None."""
+    batch, heads, shared_shape = v.shape[0], v.shape[2], k.shape
+    threads = torch.get_num_threads()
+    if batch * k.shape[2] < threads:  # heads that share q and k come one after the other
+        q, k = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
     q, k, v, for_o = q.contiguous(), k.contiguous(), v.contiguous(), for_o.contiguous()
     a, b, decay, bonus, reset, for_final = map(contiguous, (a, b, decay, bonus, reset, for_final))
-    batch, _, heads, key_dim = k.shape
     read = {"q": q, "a": a, "b": b, "bonus": bonus, "reset": reset}
     arguments = _describe(k, v, decay, scale, **read, removed=removed, checkpoints=checkpoints)
 
     parts = 1
-    if batch * heads < torch.get_num_threads():
+    if batch * heads < threads:
         parts = library().function("panels", v.dtype)(ctypes.byref(arguments))
 
     def parted(x: Tensor | None) -> Tensor:
@@ -168,8 +177,8 @@ def scan_backward(
     sums = {"q": parted(q), "k": parted(k), "a": parted(a), "b": parted(b), "decay": parted(decay)}
     for_bonus = k.new_zeros(0)
     if bonus is not None:
-        for_bonus = k.new_zeros(parts, batch, heads, key_dim, dtype=torch.float64)
-    for_v, for_initial = torch.empty_like(v), v.new_empty(batch, heads, key_dim, v.shape[-1])
+        for_bonus = k.new_zeros(parts, batch, *bonus.shape, dtype=torch.float64)
+    for_v, for_initial = torch.empty_like(v), v.new_empty(_state_shape(k, v))
     whole = {"o": for_o, "final": for_final, "v": for_v, "initial": for_initial}
     pointers = {n: pointer(x) for n, x in (sums | whole | {"bonus": for_bonus}).items()}
     gradient = _ScanGradient(parts=parts, **pointers)
@@ -181,6 +190,9 @@ def scan_backward(
     for_q, for_k, for_a, for_b, for_decay = map(joined, sums.values())
     if bonus is not None:
         for_bonus = for_bonus.sum((0, 1)).to(bonus.dtype)
+    if k.shape != shared_shape:
+        by_group = (*shared_shape[:3], -1, shared_shape[3])
+        for_q, for_k = (x.reshape(by_group).sum(3) for x in (for_q, for_k))
     return for_q, for_k, for_v, for_a, for_b, for_decay, for_bonus, for_initial
 
 
@@ -200,9 +212,8 @@ def _(
     checkpoints: Tensor,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    batch, _, heads, key_dim = k.shape
     like = (k.new_empty(0) if x is None else x.new_empty(x.shape) for x in (a, b, decay, bonus))
-    for_initial = v.new_empty(batch, heads, key_dim, v.shape[-1])
+    for_initial = v.new_empty(_state_shape(k, v))
     return (*(x.new_empty(x.shape) for x in (q, k, v)), *like, for_initial)
 
 

@@ -17,7 +17,7 @@ EBB_INLINE Token<Real> token_at(const Scan<Real>& s, const Head<Real>& h, int64_
   const int64_t at = h.key_offset + t * h.key_step;
   Token<Real> x{s.q + at, s.k + at, s.a + at, s.b + at, &one, 0};
   if (s.decay_channels) {
-    x.decay = s.decay + (s.decay_channels == 1 ? at / s.key_dim : at);
+    x.decay = s.decay + (s.decay_channels == 1 ? h.decay_offset(s, t) : at);
     x.decay_step = s.decay_channels > 1;
   }
   return x;
