@@ -110,7 +110,7 @@ class Mamba2(Layer):
         shared = self.groups * self.state_size
         # One product for each part: a slice of them all would have to be copied.
         widths = [self.inner, self.inner, shared, shared, self.num_heads]
-        z, *parts, steps = (F.linear(x, w) for w in self.input.weight.split(widths))
+        z, *parts, steps = (F.linear(x, w) for w in torch.split(self.input.weight, widths))
         (value, b, c), window = self.convolution(parts, state.window, context.reset)
         value = rearrange(value, "b t (h p) -> b t h p", h=self.num_heads)
         b, c = (rearrange(y, "b t (g n) -> b t g n", g=self.groups) for y in (b, c))

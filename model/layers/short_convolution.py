@@ -43,8 +43,8 @@ class ShortConvolution(nn.Module):
             Tensors as the parts, and the window after the last token.
         """
         widths = [part.shape[-1] for part in parts]
-        windows, taps = window.split(widths, dim=-1), self.taps.split(widths, dim=-1)
-        biases = [None] * len(parts) if self.bias is None else self.bias.split(widths)
+        windows, taps = (torch.split(x, widths, dim=-1) for x in (window, self.taps))
+        biases = [None] * len(parts) if self.bias is None else torch.split(self.bias, widths)
         convolved = [
             fused.short_convolution(*of_part, reset)
             for of_part in zip(parts, windows, taps, biases, strict=True)

@@ -38,7 +38,7 @@ struct ScanGradient {
   // else parts is the number of panels, and each writes into its own [parts, ...]. Heads that share
   // q and k come one after the other, and add up theirs.
   int64_t parts;
-  Real *q, *k, *a, *b, *decay;
+  Real *q, *k, *a, *b, *decay;  // the last of the log of the decay
   double* bonus;  // [parts, B, H, K], zeros: summed over time here
   Real *v, *initial;
 };

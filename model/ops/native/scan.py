@@ -5,11 +5,13 @@ dim, V value dim.
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.ops.native.decays import decays_now
 from model.ops.native.loading import (
     call,
     contiguous,
@@ -80,13 +82,13 @@ def scan_now(
     v: Tensor,
     a: Tensor | None,
     b: Tensor | None,
-    decay: Tensor | None,
+    log_decay: Tensor | None,
     bonus: Tensor | None,
     reset: Tensor | None,
     initial: Tensor | None,
     scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Runs the forward pass at once, unseen by autograd and by compilers.
 
     Args:
@@ -96,7 +98,7 @@ def scan_now(
         v: `[B, T, H, V]`.
         a: `[B, T, H, K]`, or None for the additive recurrence.
         b: `[B, T, H, K]`, with a.
-        decay: `[B, T, H]` or `[B, T, H, K]`, in [0, 1]; None for no decay.
+        log_decay: `[B, T, H]` or `[B, T, H, K]`, <= 0, -inf allowed; None for no decay.
         bonus: `[H, K]`, with which the state is read before the write; not with a.
         reset: `[B, T]` bool.
         initial: `[B, H, K, V]`; None for zeros.
@@ -104,11 +106,12 @@ def scan_now(
         keep: whether a backward pass will follow.
 
     Returns:
-        o, the final state, and, empty unless `keep`, what the backward pass needs. All tensors are
-        of one dtype, float32 or float64.
+        o, the final state, and, empty unless `keep`, what the backward pass needs: what was
+        removed, states and decays. All tensors are of one dtype, float32 or float64.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    a, b, decay, bonus, reset, initial = map(contiguous, (a, b, decay, bonus, reset, initial))
+    a, b, bonus, reset, initial = map(contiguous, (a, b, bonus, reset, initial))
+    decay = None if log_decay is None else decays_now(log_decay)
     o, final = torch.empty_like(v), v.new_empty(_state_shape(k, v))
     shapes = _saved_shapes(k, v, a is not None) if keep else ([0], [0])
     removed, checkpoints = v.new_empty(shapes[0]), v.new_empty(shapes[1])
@@ -116,7 +119,8 @@ def scan_now(
     read = {"q": q, "a": a, "b": b, "bonus": bonus, "reset": reset, "initial": initial}
     arguments = _describe(k, v, decay, scale, **read, **written)
     call("scan_forward", v.dtype, ctypes.byref(arguments))
-    return o, final, removed, checkpoints
+    kept = decay if keep and decay is not None else v.new_empty(0)
+    return o, final, removed, checkpoints, kept
 
 
 scan_op = torch.library.custom_op("ebb::scan", scan_now, mutates_args=())
@@ -129,20 +133,21 @@ def _(
     v: Tensor,
     a: Tensor | None,
     b: Tensor | None,
-    decay: Tensor | None,
+    log_decay: Tensor | None,
     bonus: Tensor | None,
     reset: Tensor | None,
     initial: Tensor | None,
     scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shapes = _saved_shapes(k, v, a is not None) if keep else ([0], [0])
     final = v.new_empty(_state_shape(k, v))
-    return v.new_empty(v.shape), final, v.new_empty(shapes[0]), v.new_empty(shapes[1])
+    decays = [*log_decay.shape] if keep and log_decay is not None else [0]
+    removed, checkpoints, kept = (v.new_empty(shape) for shape in (*shapes, decays))
+    return v.new_empty(v.shape), final, removed, checkpoints, kept
 
 
-@torch.library.custom_op("ebb::scan_backward", mutates_args=())
-def scan_backward(
+def scan_backward_now(
     for_o: Tensor,
     for_final: Tensor | None,
     q: Tensor,
@@ -157,7 +162,7 @@ def scan_backward(
     checkpoints: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, a, b, decay, bonus and the initial state; empty for what is None."""
+    """Gradients of what the forward pass takes, from q to the initial state; empty for None."""
     batch, heads, shared_shape = v.shape[0], v.shape[2], k.shape
     threads = torch.get_num_threads()
     if batch * k.shape[2] < threads:  # heads that share q and k come one after the other
@@ -196,6 +201,9 @@ def scan_backward(
     return for_q, for_k, for_v, for_a, for_b, for_decay, for_bonus, for_initial
 
 
+scan_backward = torch.library.custom_op("ebb::scan_backward", scan_backward_now, mutates_args=())
+
+
 @scan_backward.register_fake
 def _(
     for_o: Tensor,
@@ -218,23 +226,33 @@ def _(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, initial, scale, keep = inputs
+    *tensors, _, bonus, reset, initial, scale, keep = inputs
     if not keep:
         raise ValueError("ebb::scan has gradients only with keep=True")
-    _, _, removed, checkpoints = output
-    ctx.mark_non_differentiable(removed, checkpoints)
+    _, _, removed, checkpoints, decay = output
+    ctx.mark_non_differentiable(removed, checkpoints, decay)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, removed, checkpoints)
+    has_decay = inputs[5] is not None
+    ctx.save_for_backward(
+        *tensors, decay if has_decay else None, bonus, reset, removed, checkpoints
+    )
     ctx.scale, ctx.has_initial = scale, initial is not None
 
 
 def _backward(
     ctx: Any, for_o: Tensor | None, for_final: Tensor | None, *_: None
 ) -> tuple[Any, ...]:
+    return _gradients(scan_backward, ctx, for_o, for_final)
+
+
+def _gradients(
+    run: Callable[..., Any], ctx: Any, for_o: Tensor | None, for_final: Tensor | None
+) -> tuple[Any, ...]:
+    """Of what the forward pass takes, in its order."""
     saved = ctx.saved_tensors
     if for_o is None:
         for_o = torch.zeros_like(saved[2])
-    gradients = scan_backward(for_o, for_final, *saved, ctx.scale)
+    gradients = run(for_o, for_final, *saved, ctx.scale)
     given = (*(x is not None for x in saved[:7]), ctx.has_initial)
     *for_tensors, for_initial = (
         x if is_given else None for x, is_given in zip(gradients, given, strict=True)
@@ -244,3 +262,29 @@ def _backward(
 
 scan_op.register_autograd(_backward, setup_context=_keep_for_backward)
 scan_backward.register_autograd(refuse_second_derivative)
+
+
+class EbbScan(torch.autograd.Function):
+    """The operator without PyTorch's dispatcher, which costs as much as many tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        """As `scan_now`."""
+        output = scan_now(*inputs)
+        _keep_for_backward(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(
+        ctx: Any, for_o: Tensor | None, for_final: Tensor | None, *_: None
+    ) -> tuple[Any, ...]:
+        """As `scan_backward_now`."""
+        # Only where a second derivative may be asked for is the operator there to refuse it.
+        run = scan_backward if torch.is_grad_enabled() else scan_backward_now
+        return _gradients(run, ctx, for_o, for_final)
+
+
+def scan_with_gradient(*inputs: Any) -> tuple[Tensor, ...]:
+    """What `scan_now` says, seen by autograd, but not by compilers."""
+    output: tuple[Tensor, ...] = EbbScan.apply(*inputs)  # type: ignore[no-untyped-call]
+    return output

@@ -230,15 +230,20 @@ EBB_INLINE void put(const Stretch<Real>& p, Real* to, int64_t offset, int which)
   }
 }
 
+// That of the log of the decay, times which is that of the decay.
 template <class Real>
-EBB_INLINE void put_decay(const Stretch<Real>& p, int64_t t, int64_t offset) {
+EBB_INLINE void put_decay(const Stretch<Real>& p, const Real* decay, int64_t t, int64_t offset) {
+  Real* const sums = p.sums + FOR_DECAY * p.keys;
+  if (p.s.decay_channels)
+    for (int64_t i = 0; i < p.keys; i += LANES<Real>)
+      store(sums + i, load(sums + i) * load(decay + i));
   if (p.s.decay_channels > 1) {
     put(p, p.d.decay, offset, FOR_DECAY);
   } else if (p.s.decay_channels == 1) {
     Real* const to = p.d.decay + p.part * p.s.batch * p.s.time * p.s.heads +
                      p.h.decay_offset(p.s, t);
     Vector<Real> sum{};
-    for (int64_t i = 0; i < p.keys; i += LANES<Real>) sum += load(p.sums + FOR_DECAY * p.keys + i);
+    for (int64_t i = 0; i < p.keys; i += LANES<Real>) sum += load(sums + i);
     *to = sum_lanes<Real>(sum) + (p.add ? *to : 0);
   }
 }
@@ -288,7 +293,7 @@ EBB_INLINE void step_back(const Stretch<Real>& p, int64_t t, const Real* S) {
     put(p, p.d.a, offset, FOR_A);
     put(p, p.d.b, offset, FOR_B);
   }
-  put_decay(p, t, offset);
+  put_decay(p, x.decay, t, offset);
 }
 
 template <class Real, bool DELTA, bool BONUS>
