@@ -41,7 +41,7 @@ COMMANDS = {
     ),
     "eval": Command(
         "loss, perplexity and bits per byte of a model on a text",
-        "train.evaluate",
+        "train.eval_command",
         "EvalConfig",
         "evaluate_checkpoint",
     ),
