@@ -22,7 +22,7 @@ from model.decode import check_weights, with_rounded_weights
 from model.language_model import LanguageModel
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.config import at_least
-from train.evaluate import STRETCH, Evaluation, evaluate, evaluate_windows
+from train.evaluate import STRETCH, Evaluation, check_window, evaluate, evaluate_windows
 from train.lengths import LengthStudy, study_lengths, study_size
 from train.progress import Display
 
@@ -117,6 +117,8 @@ def evaluate_checkpoint(config: EvalConfig) -> None:
         )
     with Display() as display:
         text, tokens = _tokens(config, checkpoint, display)
+        if config.extrapolate is not None:
+            check_window(tokens.size, context)
         results = _measure(config, checkpoint, tokens, context, display)
     plot = None if results.study is None else config.plot or config.checkpoint / PLOT
     if config.json:

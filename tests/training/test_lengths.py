@@ -1,7 +1,9 @@
 """What a longer context is worth, against whole windows read at once and sums by hand."""
 
 import dataclasses
+import json
 import math
+import shutil
 from statistics import fmean, stdev
 
 import matplotlib.image
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from model_helpers import ALL_MIXERS, VOCAB, random_model, random_tokens, small_config
+from runs import ebb, only_line
 
 from data.errors import DataError
 from model.state import num_bytes
@@ -223,3 +226,74 @@ def test_plot(tmp_path):
     assert image.shape[0] > 800
     assert image.std() > 0.02
     assert fmean(image[..., 3].flatten().tolist()) == 1.0
+
+
+# `ebb eval --extrapolate`.
+
+
+def report(capsys, *args):
+    """What `ebb eval --json` prints."""
+    capsys.readouterr()
+    assert ebb("eval", *args, "--json", "--threads", "1") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_eval_draws_and_reports_all_lengths(reference, tmp_path, capsys):
+    plot = tmp_path / "here.png"
+    found = report(capsys, reference, "--extrapolate", "32", "--plot", plot)
+    assert matplotlib.image.imread(plot).shape[0] > 800
+    assert not (reference / "lengths.png").exists()
+    study = found["extrapolation"]
+    assert study["plot"] == str(plot)
+    assert [x["length"] for x in study["lengths"]] == [16 * 2**n for n in range(6)]
+    assert study["spans"] == found["tokens"] // 512
+    assert study["positions"][-1]["most"] == 512
+    assert all(0 < x["loss"] < 5 for x in (*study["lengths"], *study["positions"]))
+    rounded = report(capsys, reference, "--extrapolate", "2", "--plot", plot, "--weights", "int4")
+    plain = report(capsys, reference, "--extrapolate", "2", "--plot", plot)["extrapolation"]
+    assert rounded["extrapolation"]["lengths"] != plain["lengths"]
+    assert report(capsys, reference)["extrapolation"] is None
+
+
+def test_eval_prints_tables_for_people(reference, capsys):
+    found = report(capsys, reference, "--extrapolate", "4", "--max-tokens", "200")["extrapolation"]
+    (reference / "lengths.png").unlink()
+    assert ebb("eval", reference, "--extrapolate", "4", "--max-tokens", "200") == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = [line.split() for line in lines]
+    for row in found["lengths"]:
+        start = [str(row["length"]), str(row["length"] // 16), f"{row['loss']:.4f}"]
+        (rest,) = [line[3:] for line in cells if line[:3] == start]
+        assert rest[:2] == [f"{row['last']:.4f}", f"{row['gain']:+.4f}"]
+    for row in found["positions"]:
+        end = [str(row["most"]), f"{row['loss']:.4f}", str(row["tokens"])]
+        assert any(line[-3:] == end for line in cells)
+    assert lines[-1] == f"Plot: {reference / 'lengths.png'}"
+    assert lines[-1 - len(found["findings"]) : -1] == found["findings"]
+    (reference / "lengths.png").unlink()
+
+
+def test_eval_stops_at_what_fits(reference, tmp_path, capsys):
+    flags = ["--extrapolate", "32", "--plot", tmp_path / "plot.png"]
+    found = report(capsys, reference, *flags, "--max-tokens", "70")["extrapolation"]
+    assert found["lengths"][-1]["length"] == 64
+    assert found["lengths"][-1]["margin"] is None
+    assert found["findings"][0] == (
+        "The text is shorter than 32 contexts of 16 tokens: the longest window that fits is 4."
+    )
+    assert ebb("eval", reference, *flags, "--max-tokens", "16") == 1
+    assert only_line(capsys.readouterr().err).startswith("The text has 16 tokens, fewer than one ")
+
+
+def test_eval_of_an_imported_run_asks_for_the_context(workshop, tmp_path, capsys):
+    shutil.copytree(workshop / "reference", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["train"] = {}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    flags = [tmp_path / "run", "--data", workshop / "text.txt"]
+    assert report(capsys, *flags)["windowed"] is None
+    assert report(capsys, *flags, "--context", "8")["windowed"]["context"] == 8
+    assert ebb("eval", *flags, "--extrapolate", "2") == 1
+    assert "does not say what context it was trained on: give --context" in capsys.readouterr().err
+    assert ebb("eval", *flags, "--extrapolate", "2", "--context", "8") == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("run/lengths.png")
