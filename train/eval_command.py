@@ -49,9 +49,8 @@ class EvalConfig:
     context: int | None = None
     """Tokens in a window; the training context if not given."""
     extrapolate: int | None = None
-    """Read windows of 1, 2, 4, ... so many contexts too, such as 32: the loss by position in the
-    longest, whether the longer ones help on the same tokens, and a plot. A short text is read as
-    far as it goes."""
+    """Read windows of 1, 2, 4, ... so many contexts too, such as 32: the loss by position, whether
+    longer windows help on the same tokens, and a plot. A short text is read as far as it goes."""
     plot: Path | None = None
     """PNG that --extrapolate writes; lengths.png in the checkpoint's folder if not given."""
     stretch: int = STRETCH
@@ -259,7 +258,7 @@ def _print_study(study: LengthStudy) -> None:
     console = Console(file=sys.stdout, highlight=False)
     console.print()
     longest = study.lengths[-1].length
-    table = Table(box=box.SIMPLE, title=f"Loss by position in windows of {longest:,} tokens")
+    table = Table(box=box.SIMPLE, title="Loss by position")
     for heading in ("tokens seen", "loss", "tokens"):
         table.add_column(heading, justify="right")
     for group in study.positions:

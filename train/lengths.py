@@ -6,7 +6,8 @@ difference between two of them is that of the context alone.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, stdev
@@ -49,7 +50,10 @@ class LengthLoss:
 
 @dataclass(frozen=True)
 class PositionLoss:
-    """The loss of the tokens that see so many tokens, the one before each target included."""
+    """The loss of the tokens that see so many tokens, the one before each target included.
+
+    Taken from the shortest windows that are long enough, which hold the most of such tokens.
+    """
 
     fewest: int
     most: int
@@ -71,7 +75,7 @@ class LengthStudy:
     lengths: tuple[LengthLoss, ...]
     """Rising; each twice the one before."""
     positions: tuple[PositionLoss, ...]
-    """In the longest windows, rising."""
+    """Rising."""
 
     @property
     def tokens(self) -> int:
@@ -159,7 +163,7 @@ def study_lengths(
             _length_loss(factor * context, reading, found[0])
             for factor, reading in zip(factors, found, strict=True)
         ),
-        _position_losses(bounds, found[-1]),
+        _position_losses(bounds, [factor * context for factor in factors], found),
     )
 
 
@@ -259,16 +263,14 @@ def _length_loss(length: int, reading: _Reading, shortest: _Reading) -> LengthLo
     )
 
 
-def _position_losses(bounds: Sequence[int], reading: _Reading) -> tuple[PositionLoss, ...]:
-    def groups() -> Iterator[PositionLoss]:
-        sums = zip(
-            pairwise([0, *bounds]),
-            reading.position_nats.tolist(),
-            reading.position_tokens.tolist(),
-            strict=True,
-        )
-        for (below, most), nats, tokens in sums:
-            if tokens:
-                yield PositionLoss(below + 1, most, nats / tokens, tokens)
-
-    return tuple(groups())
+def _position_losses(
+    bounds: Sequence[int], lengths: Sequence[int], readings: Sequence[_Reading]
+) -> tuple[PositionLoss, ...]:
+    losses: list[PositionLoss] = []
+    for group, (below, most) in enumerate(pairwise([0, *bounds])):
+        reading = readings[bisect_left(lengths, most)]
+        tokens = int(reading.position_tokens[group])
+        if tokens:
+            nats = reading.position_nats[group].item()
+            losses.append(PositionLoss(below + 1, most, nats / tokens, tokens))
+    return tuple(losses)

@@ -28,6 +28,7 @@ def save_lengths_plot(studies: Mapping[str, LengthStudy], path: Path) -> None:
         )
         lengths = [x.length for x in study.lengths]
         _line(by_length, lengths, [x.last for x in study.lengths], style)
+        _band(by_length, study, style["color"])
         pale = {**style, "linewidth": 1.0, "alpha": 0.6}
         by_length.plot(lengths, [x.loss for x in study.lengths], **pale)
     (context,) = {study.context for study in studies.values()}
@@ -39,13 +40,21 @@ def save_lengths_plot(studies: Mapping[str, LengthStudy], path: Path) -> None:
         axes.set_ylabel("Loss (nats per token)")
     by_position.set_xlabel("Tokens seen, up to")
     by_length.set_xlabel("Length of the window (tokens)")
-    set_title(by_position, f"By position, in windows of {lengths[-1]:,} tokens")
+    set_title(by_position, "By position")
     set_title(by_length, "By the length of the window, on the same tokens")
     note = (
         f"Dotted: a context of {context:,} tokens. Right, thick: the last {context:,} tokens of "
-        "each of the longest windows; thin: all tokens."
+        "each of the longest windows; thin: all tokens. "
+        "Band: 95 % of the difference to the shortest."
     )
     save(figure, note, path)
+
+
+def _band(axes: Axes, study: LengthStudy, color: str) -> None:
+    """How far the differences to the shortest windows can be told from chance."""
+    sure = [x for x in study.lengths if x.margin is not None]
+    low, high = ([x.last + sign * (x.margin or 0.0) for x in sure] for sign in (-1, 1))
+    axes.fill_between([x.length for x in sure], low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def _line(axes: Axes, x: Sequence[int], y: Sequence[float], style: Mapping[str, Any]) -> None:
