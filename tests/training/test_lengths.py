@@ -14,6 +14,7 @@ from model_helpers import ALL_MIXERS, VOCAB, random_model, random_tokens, small_
 from runs import ebb, only_line
 
 from data.errors import DataError
+from data.loader import sequential_stretches
 from model.state import num_bytes
 from train.lengths import (
     LengthLoss,
@@ -37,31 +38,36 @@ def text(length=80):
     return ids
 
 
-def seen_tokens(ids, start, length):
+def document_starts(ids):
+    """Where a token is read with a fresh state, as the loader has it; `[len(ids) - 1]`."""
+    (whole,) = sequential_stretches(ids, context=len(ids), end_id=END)
+    assert whole.reset.sum() >= 4
+    return whole.reset[0]
+
+
+def seen_tokens(starts):
     """How many tokens stand before each target of a window, in its document."""
     counts, count = [], 0
-    for place in range(start, start + length):
-        count = 1 if place and ids[place - 1] == END else count + 1
+    for is_start in starts.tolist():
+        count = 1 if is_start else count + 1
         counts.append(count)
     return counts
 
 
 @torch.no_grad()
-def window_losses(model, ids, start, length):
+def window_losses(model, window, reset):
     """Of each target of a window that is read at once."""
-    window = torch.from_numpy(ids[start : start + length + 1].astype(np.int64))[None]
-    before = np.r_[END, ids][start : start + length]
-    logits = model(window[:, :-1], form="parallel", reset=torch.from_numpy(before == END)[None])
-    return torch.nn.functional.cross_entropy(
-        logits.logits[0].float(), window[0, 1:], reduction="none"
-    ).tolist()
+    window = torch.from_numpy(window.astype(np.int64))[None]
+    logits = model(window[:, :-1], form="parallel", reset=reset[None]).logits[0].float()
+    return torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="none").tolist()
 
 
 def by_hand(model, ids, length, span):
     """Losses and tokens seen of all targets in windows of a length, `[spans, span]`."""
+    resets = document_starts(ids)
     starts = range(0, (len(ids) - 1) // span * span, length)
-    losses = [window_losses(model, ids, start, length) for start in starts]
-    seen = [seen_tokens(ids, start, length) for start in starts]
+    losses = [window_losses(model, ids[n : n + length + 1], resets[n : n + length]) for n in starts]
+    seen = [seen_tokens(resets[n : n + length]) for n in starts]
     return np.reshape(losses, (-1, span)), np.reshape(seen, (-1, span))
 
 
