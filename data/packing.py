@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from data.corpora import Corpus, Documents
 from data.errors import DataError
-from data.tokenizers import Tokenizer, pieces
+from data.tokenizers import Tokenizer
 
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
@@ -152,14 +152,12 @@ def _encoded(documents: Documents, tokenizer: Tokenizer) -> Iterator[tuple[list[
     """The ids and the number of bytes of each piece of text, in batches of bounded size."""
     batch: list[tuple[str, bool]] = []
     characters = 0
-    for text in documents:
-        cut = list(pieces(text))
-        for number, piece in enumerate(cut, start=1):
-            batch.append((piece, number == len(cut)))
-            characters += len(piece)
-            if characters >= _BATCH_CHARACTERS:
-                yield from _encoded_batch(batch, tokenizer)
-                batch, characters = [], 0
+    for piece, is_last in documents.pieces():
+        batch.append((piece, is_last))
+        characters += len(piece)
+        if characters >= _BATCH_CHARACTERS:
+            yield from _encoded_batch(batch, tokenizer)
+            batch, characters = [], 0
     yield from _encoded_batch(batch, tokenizer)
 
 

@@ -70,7 +70,7 @@ def _cached_bpe(corpus: Corpus, vocab_size: int | None, cache: Path, display: Di
     if path.exists():
         return load_tokenizer(str(path))
     display.say(f"Training a byte-level BPE on {corpus.name} ...")
-    made = load_tokenizer("bpe", texts=corpus.train, vocab_size=vocab_size)
+    made = load_tokenizer("bpe", texts=corpus.train.texts(), vocab_size=vocab_size)
     cache.mkdir(parents=True, exist_ok=True)
     made.save(path)
     return made
