@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -36,6 +37,16 @@ class PackedTokens:
 
     tokens: TokenArray
     num_bytes: int
+
+
+def release(tokens: TokenArray) -> None:
+    """Give back the pages of a mapped file that were read: they count as memory of the process.
+
+    Nothing is lost, since the file holds them; an array that is no file is left alone.
+    """
+    mapped = getattr(tokens, "_mmap", None)  # NumPy's own, which has no public name
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def default_cache_dir() -> Path:

@@ -45,6 +45,9 @@ class TrainConfig:
     """Sequences a step."""
     context: int = 256
     """Tokens a sequence."""
+    carry_state: bool = False
+    """Read the text in order, each sequence of the batch a part of it, and carry the state from
+    every step to the next (truncated back-propagation) instead of starting windows afresh."""
     ffn_dim: int | None = None
     """Width inside the channel mix; the mixer's own multiple of its width if not given."""
     learning_rate: float | None = None
@@ -85,6 +88,10 @@ class TrainConfig:
         from model.presets import parse_mixer  # loads torch, which the overview can do without
 
         parse_mixer(self.mixer)
+        if self.carry_state:
+            from train.carry import check_can_carry
+
+            check_can_carry(self.mixer)
         if self.size not in SIZES:
             raise ValueError(f"there is no size {self.size!r}; choose one of {', '.join(SIZES)}")
         if self.precision not in ("auto", "fp32", "bf16"):
