@@ -22,9 +22,9 @@ class Batch(NamedTuple):
     Attributes:
         inputs: int64 ``[B, T]``.
         targets: int64 ``[B, T]``, the token after each input; the end token is one of them, and
-            belongs to the document before it.
-        reset: bool ``[B, T]``, True where a document starts (the token after an end token, and
-            the first of all); None where no document starts in the batch.
+            the last of its document.
+        reset: bool ``[B, T]``, True where the input is an end token, from which the first token of
+            the next document is predicted and nothing else; None where there is none.
     """
 
     inputs: torch.Tensor
@@ -199,11 +199,9 @@ def sequential_stretches(tokens: TokenArray, *, context: int, end_id: int) -> It
 
 def _windows(tokens: TokenArray, starts: npt.NDArray[np.int64], length: int, end_id: int) -> Batch:
     """Cut ``length`` tokens and the one after at each start."""
-    # One token more at the front tells whether the first one starts a document.
-    before = np.array([tokens[start - 1] if start else end_id for start in starts], dtype=np.int64)
     rows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
     inputs = rows[:, :-1]
-    reset = np.concatenate([before[:, None], inputs[:, :-1]], axis=1) == end_id
+    reset = inputs == end_id
     return Batch(
         torch.from_numpy(np.ascontiguousarray(inputs)),
         torch.from_numpy(np.ascontiguousarray(rows[:, 1:])),

@@ -99,7 +99,7 @@ def test_documents_reset_the_carried_state_too():
     none = torch.zeros(2, 3, dtype=torch.bool)
     reset = torch.cat([none if batch.reset is None else batch.reset for batch in seen], dim=1)
     assert (inputs == 9).any()
-    assert torch.equal(reset[:, 1:], inputs[:, :-1] == 9)
+    assert torch.equal(reset[:, 1:], inputs[:, 1:] == 9)
 
 
 def test_interrupted_run_goes_on_exactly(workshop, tmp_path):
