@@ -31,9 +31,12 @@ class TrainConfig:
     """nano (4 layers x 128), micro (4 x 256), tiny (8 x 512) or small (12 x 768)."""
     data: str = "sotu"
     """sotu (State of the Union addresses, built in), a text file, a folder or glob of them, a
-    .jsonl, .csv or .parquet file, a folder saved by the datasets library, or a Hub name."""
+    .jsonl, .csv or .parquet file, a folder saved by the datasets library, or a name of the Hugging
+    Face hub: org/name, org/name:config, org/name:config:split or org/name::split."""
     column: str = "text"
     """Column or key that holds the text, where the data has columns."""
+    stream: int | None = None
+    """Of a Hub data set, take the first so many documents as they come, without downloading it."""
     tokenizer: str = "bpe"
     """bpe (trained on the data), bytes, or the path of a tokenizer.json or of the vocabulary of
     RWKV World (rwkv_vocab_v20230424.txt)."""
@@ -98,7 +101,7 @@ class TrainConfig:
             raise ValueError(f"precision must be auto, fp32 or bf16, but is {self.precision!r}")
         for name in ("steps", "batch_size", "context", "log_every", "eval_tokens"):
             at_least(name, getattr(self, name), 1)
-        for name in ("eval_every", "save_every", "threads", "ffn_dim", "vocab_size"):
+        for name in ("eval_every", "save_every", "threads", "ffn_dim", "vocab_size", "stream"):
             at_least(name, getattr(self, name), 1)
         for name in ("seed", "warmup", "sample_every"):
             at_least(name, getattr(self, name), 0)

@@ -150,6 +150,7 @@ def evaluate_checkpoint(config: EvalConfig) -> None:
     corpus = load_corpus(
         config.data or trained["data"],
         column=config.column or ("text" if config.data else trained.get("column", "text")),
+        stream=None if config.data else trained.get("stream"),
     )
     with Display() as display:
         with display.task("Tokenising", corpus.num_bytes) as advance:

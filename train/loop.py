@@ -84,6 +84,7 @@ class _Run:
             config.vocab_size,
             display,
             fixed_tokenizer=self.folder / files.TOKENIZER if resumed else None,
+            stream=config.stream,
         )
         if resumed is not None:
             check_data(self.folder, self.data.fingerprint)

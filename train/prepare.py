@@ -39,6 +39,7 @@ def prepare_data(
     vocab_size: int | None,
     display: Display,
     fixed_tokenizer: Path | None = None,
+    stream: int | None = None,
 ) -> PreparedData:
     """Reads, tokenises and maps a corpus.
 
@@ -49,11 +50,12 @@ def prepare_data(
         vocab_size: of a `bpe` to train.
         display: for progress.
         fixed_tokenizer: a tokenizer.json that stands above the other settings: a resumed run's.
+        stream: of a hub data set, the first so many documents, as they come.
 
     Raises:
         ValueError: for data or a tokenizer that cannot be read.
     """
-    corpus = load_corpus(data, column=column)
+    corpus = load_corpus(data, column=column, stream=stream)
     cache = default_cache_dir()
     if fixed_tokenizer is not None:
         made = load_tokenizer(str(fixed_tokenizer))
