@@ -11,8 +11,8 @@ import torch
 from data.errors import DataError
 from data.packing import TokenArray, release
 
-_WINDOWS_HELD = 1024
-"""Windows read before their pages are given back: at 64 kB each, which Linux maps at a time, 64 MB
+_WINDOWS_HELD = 256
+"""Windows read before their pages are given back: at 64 kB each, which Linux maps at a time, 16 MB
 and the tokens of the windows."""
 
 

@@ -12,11 +12,17 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data.corpora import load_corpus
 from data.corpora.sotu import load_sotu
+from data.corpora.text import read_parts
 from data.errors import DataError
+from data.packing import pack
+from data.tokenizers import train_bpe
 
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"))
 ROWS = [f"document {i}: é {'x' * (i % 7)}" for i in range(60)]
 
 
@@ -227,6 +233,63 @@ def test_hub_out_of_reach_gives_one_sentence(tmp_path, source):
     assert result.stdout.count("\n") == 1
     assert f"'{source}' is no file or folder here" in result.stdout
     assert "could not be loaded from the Hugging Face hub" in result.stdout
+
+
+@given(text=TEXT, size=st.integers(1, 9), mark=st.booleans())
+def test_parts_add_up_to_the_text_wherever_they_are_cut(tmp_path_factory, text, size, mark):
+    path = tmp_path_factory.getbasetemp() / "parts.txt"
+    path.write_bytes(b"\xef\xbb\xbf" * mark + text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.corpora.text._PART_BYTES", size)
+        assert "".join(read_parts(path)) == text
+
+
+@given(before=TEXT, size=st.integers(1, 9), mark=st.booleans(), data=st.data())
+def test_broken_utf8_is_found_at_its_byte(tmp_path_factory, before, size, mark, data):
+    broken = data.draw(st.sampled_from([b"\xff", b"\xc3(", b"\xe2\x82", b"\xed\xa0\x80", b"\x80"]))
+    start = b"\xef\xbb\xbf" * mark + before.encode()
+    path = tmp_path_factory.getbasetemp() / "broken.txt"
+    path.write_bytes(start + broken)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.corpora.text._PART_BYTES", size)
+        with pytest.raises(DataError, match=rf"is not UTF-8 text \(byte {len(start)}\)"):
+            list(read_parts(path))
+
+
+@pytest.mark.parametrize("line", ["words with spaces between ", "x", "\u65e5\u672c"])
+def test_one_endless_line(tmp_path, line):
+    """Three million characters without an end of line: cut into pieces, tokenised, put together."""
+    text = (line * (3_000_000 // len(line) + 1))[:3_000_000]
+    path = tmp_path / "line.txt"
+    path.write_text(text, encoding="utf-8")
+    corpus = load_corpus(str(path))
+    assert "".join(corpus.train) + "".join(corpus.validation) == text
+    assert max(len(piece) for piece in corpus.train.texts()) <= 1 << 19
+    tokenizer = train_bpe(corpus.train.texts(), 300)
+    sides = pack(corpus, tokenizer, tmp_path / "cache")
+    assert "".join(tokenizer.decode(side.tokens.tolist()) for side in sides) == text
+    assert [int((side.tokens == tokenizer.end_id).sum()) for side in sides] == [1, 1]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
+def test_nul_bytes_in_a_table_are_characters_like_any_other(tmp_path, suffix):
+    rows = [f"{i}: a\0b" for i in range(20)]
+    corpus = load_corpus(str(write_table(tmp_path / f"a{suffix}", rows)))
+    assert sorted([*corpus.train, *corpus.validation]) == sorted(rows)
+
+
+def test_empty_files_among_others_are_left_out(tmp_path):
+    for name, text in (("a.txt", ""), ("b.txt", "text " * 20), ("c.md", "")):
+        (tmp_path / name).write_text(text)
+    corpus = load_corpus(str(tmp_path))
+    assert len(list(corpus.train)) == len(list(corpus.validation)) == 1
+    (tmp_path / "b.txt").write_text("")
+    with pytest.raises(DataError, match=r"side of .* would be empty"):
+        load_corpus(str(tmp_path))
+    for number in range(12):
+        (tmp_path / f"{number}.txt").touch()
+    with pytest.raises(DataError, match="holds no text: every document in it is empty"):
+        load_corpus(str(tmp_path))
 
 
 BAD_FILES = [
