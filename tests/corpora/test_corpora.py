@@ -258,7 +258,7 @@ def test_broken_utf8_is_found_at_its_byte(tmp_path_factory, before, size, mark, 
 
 @pytest.mark.parametrize("line", ["words with spaces between ", "x", "\u65e5\u672c"])
 def test_one_endless_line(tmp_path, line):
-    """A million characters and more without an end of line: cut into pieces, tokenised, put together."""
+    """A million characters without an end of line: cut into pieces, tokenised, put together."""
     text = (line * (1_200_000 // len(line) + 1))[:1_200_000]
     path = tmp_path / "line.txt"
     path.write_text(text, encoding="utf-8")

@@ -63,6 +63,7 @@ def main() -> int:
                 *(sys.executable, "-m", "train.cli", "train", "--data", str(folder / "text.txt")),
                 *("--tokenizer", options.tokenizer, "--size", "nano", "--context", "64"),
                 *("--steps", str(options.steps), "--sample-every", "0", "--mixer", options.mixer),
+                *("--eval-every", str(options.steps), "--eval-tokens", "4096"),
                 *("--out", str(folder / "run")),
             ],
             cwd=ROOT,
