@@ -78,7 +78,8 @@ def pack(
         The tokens for training and for validation.
 
     Raises:
-        DataError: The cache cannot be written; nothing is left behind.
+        DataError: The cache cannot be written, or the text has changed since the corpus was made;
+            nothing is left behind.
     """
     keys = f"{_FORMAT} {corpus.fingerprint} {tokenizer.fingerprint}"
     folder = cache_dir / hashlib.sha256(keys.encode()).hexdigest()[:32]
@@ -144,6 +145,10 @@ def _write(
                 _sync(file.fileno(), file.flush)
             done += num_bytes
             meta[side] = {"tokens": count, "bytes": num_bytes}
+        if done != corpus.num_bytes:
+            raise DataError(
+                f"'{corpus.name}' has changed while it was read: start again, and leave it as it is."
+            )
         with (beside / "meta.json").open("w") as file_of_meta:
             json.dump(meta, file_of_meta)
             _sync(file_of_meta.fileno(), file_of_meta.flush)

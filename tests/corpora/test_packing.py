@@ -109,6 +109,16 @@ def test_interrupt_leaves_nothing(corpus, tmp_path):
     assert entries(tmp_path / "cache") == [".lock"]
 
 
+def test_text_that_changes_after_it_was_read_is_refused(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("some text " * 100)
+    corpus = load_corpus(str(path))
+    path.write_text("some text " * 150)
+    with pytest.raises(DataError, match=r"'a.txt' has changed while it was read"):
+        pack(corpus, byte_tokenizer(), tmp_path / "cache")
+    assert entries(tmp_path / "cache") == [".lock"]
+
+
 def test_full_disk_gives_one_sentence_and_leaves_nothing(tmp_path):
     (tmp_path / "a.txt").write_text("some text " * 100_000)
     script = (
