@@ -147,7 +147,7 @@ def _write(
             meta[side] = {"tokens": count, "bytes": num_bytes}
         if done != corpus.num_bytes:
             raise DataError(
-                f"'{corpus.name}' has changed while it was read: start again, and leave it as it is."
+                f"'{corpus.name}' has changed while it was read: leave it alone and start again."
             )
         with (beside / "meta.json").open("w") as file_of_meta:
             json.dump(meta, file_of_meta)

@@ -60,7 +60,7 @@ class Offline:
                 hash="0123",
             ).download_and_prepare()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT],
+            [sys.executable, "-W", "error", "-c", SCRIPT],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -120,6 +120,9 @@ def test_what_is_not_there_gives_one_sentence(load):
         ("org/name:quiet", {}, "could not be loaded from the Hugging Face hub"),
         ("org/name:plain:gone", {}, "could not be loaded from the Hugging Face hub"),
         ("org/name:plain:gone", {"stream": 5}, "could not be loaded from the Hugging Face hub"),
+        ("org/other", {}, "'org/other' is no file or folder here"),
+        ("org/other:config", {}, "could not be loaded from the Hugging Face hub"),
+        ("org/other::split", {}, "could not be loaded from the Hugging Face hub"),
         ("org/other", {"stream": 5}, "could not be loaded from the Hugging Face hub"),
         ("org/name:plain", {"stream": 0}, "documents to stream is 0: choose one above 0"),
         ("sotu", {"stream": 5}, "nothing to stream from 'sotu'"),
