@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from data.loader import Batch, TrainingBatches, validation_batches
+from data.loader import Batch, StretchBatches, TrainingBatches, validation_batches
 from model.config import ModelConfig
 from model.language_model import LanguageModel
 from model.layers import MIXERS
 from model.ops import OPS, native
 from model.presets import preset
 from train import checkpoint as files
+from train.carry import Carry
 from train.config import TrainConfig
-from train.evaluate import Evaluation, evaluate
+from train.evaluate import Evaluation, bits_per_byte, evaluate
 from train.interrupt import Interrupted, stop_on_signal
 from train.loss import next_token_loss
 from train.memory import keep_freed_memory
@@ -83,10 +84,12 @@ class _Run:
             config.vocab_size,
             display,
             fixed_tokenizer=self.folder / files.TOKENIZER if resumed else None,
+            stream=config.stream,
         )
         if resumed is not None:
             check_data(self.folder, self.data.fingerprint)
-        self.batches = TrainingBatches(
+        self.carry = Carry() if config.carry_state else None
+        self.batches = (StretchBatches if config.carry_state else TrainingBatches)(
             self.data.train.tokens,
             context=config.context,
             batch_size=config.batch_size,
@@ -109,6 +112,8 @@ class _Run:
             files.fill(model, resumed.weights, f"The checkpoint in {self.folder}")
             optimizer.load_state_dict(resumed.optimizer)
             self.progress = Progress(**resumed.progress)
+            if self.carry is not None:
+                self.carry.restore(model, config.batch_size, resumed.extra)
         self.model: LanguageModel
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self._write_settings(model_config)
@@ -129,19 +134,21 @@ class _Run:
             note = ""
             while progress.step < config.steps and not stop.requested:
                 start = time.perf_counter()
-                loss, norm = self._step(self.batches[progress.step])
-                progress.add(loss, norm, time.perf_counter() - start)
+                batch = self.batches[progress.step]
+                loss, norm = self._step(batch)
+                num_bytes = int(self.data.token_bytes[batch.targets.numpy()].sum())
+                progress.add(loss, norm, time.perf_counter() - start, num_bytes)
                 is_last = progress.step == config.steps
                 if progress.step % config.log_every == 0 or is_last:
                     self._log()
                 if progress.step % every == 0 or is_last:
                     validation = self._validate()
-                    note = f" val {validation.bits_per_byte:.3f} bits/byte"
+                    note = f" val {validation.bits_per_byte:.3f}"
                 if sample_every and (progress.step % sample_every == 0 or is_last):
                     self._show_sample()
                 if progress.step % save_every == 0 or is_last:
                     self._save()
-                show(progress.step, self._note(loss) + note)
+                show(progress.step, self._note(loss, num_bytes) + note)
             if progress.step < config.steps:
                 self._save()
                 raise Interrupted(
@@ -171,12 +178,15 @@ class _Run:
         )
         set_rate(self.optimizer, self.rate * factor)
         with torch.autocast(device.type, torch.bfloat16, enabled=_is_bf16(self.config.precision)):
-            loss = next_token_loss(self.model, inputs, targets, reset)
+            loss_of = next_token_loss if self.carry is None else self.carry.loss
+            loss = loss_of(self.model, inputs, targets, reset)
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         value, norm_value = float(loss.detach()), float(norm)
         if not (math.isfinite(value) and math.isfinite(norm_value)):
             raise self._diverged("loss or its gradient", self.progress.step + 1)
+        if self.carry is not None:
+            self.carry.keep()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return value, norm_value
@@ -189,18 +199,22 @@ class _Run:
 
     def _log(self) -> None:
         loss, norm = statistics.fmean(self.progress.losses), self.progress.norm
+        nats = sum(self.progress.losses) * self.config.batch_size * self.config.context
+        bits = bits_per_byte(nats, self.progress.num_bytes)
         self.progress.end_stretch(self.config.batch_size * self.config.context)
         self._write_metrics(
             loss=loss,
+            bits_per_byte=bits,
             gradient_norm=norm,
             learning_rate=self.optimizer.param_groups[0]["lr"]
             / self.optimizer.param_groups[0]["lr_scale"],
             tokens_per_second=self.progress.speeds[-1],
         )
 
-    def _note(self, loss: float) -> str:
-        speed = f"{self.progress.speeds[-1]:,.0f} tokens/s " if self.progress.speeds else ""
-        return f"{speed}loss {loss:.3f}"
+    def _note(self, loss: float, num_bytes: int) -> str:
+        speed = f"{self.progress.speeds[-1]:,.0f} tok/s " if self.progress.speeds else ""
+        bits = bits_per_byte(loss * self.config.batch_size * self.config.context, num_bytes)
+        return f"{speed}loss {loss:.3f} {bits:.3f} bits/B"
 
     def _validation_batches(self) -> Any:
         return validation_batches(
@@ -265,6 +279,7 @@ class _Run:
                 weights,
                 self.optimizer.state_dict(),
                 dataclasses.asdict(self.progress),
+                {} if self.carry is None else self.carry.tensors(),
             ),
         )
         files.save_weights(self.folder / files.WEIGHTS, weights)
