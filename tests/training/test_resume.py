@@ -22,7 +22,7 @@ from runs import (
 )
 from safetensors.torch import load_file
 
-from train.checkpoint import load_snapshot
+from train.snapshot import load_snapshot
 
 
 @pytest.fixture
