@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 
 from data.loader import Batch, TrainingBatches, validation_batches
-from model.config import ModelConfig
 from model.language_model import LanguageModel
 from model.layers import MIXERS
 from model.ops import OPS, native
@@ -26,7 +25,7 @@ from train.config import TrainConfig
 from train.evaluate import Evaluation, evaluate
 from train.interrupt import Interrupted, stop_on_signal
 from train.loss import next_token_loss
-from train.machine import MACHINE, Machine, choose_machine
+from train.machine import Machine, choose_machine
 from train.memory import keep_freed_memory
 from train.metrics import MetricsLog
 from train.optimizer import make_optimizer, set_rate
@@ -34,9 +33,9 @@ from train.prepare import prepare_data
 from train.progress import Display
 from train.recipes import recipe_of
 from train.resume import Progress, check_data, claim_folder, is_applied
+from train.run_folder import RunFolder
 from train.sampling import sample_text
 from train.schedule import rate_factor
-from train.run_folder import RunFolder
 from train.snapshot import Snapshot, whole_tokenizer
 
 
@@ -172,9 +171,8 @@ class _Run:
                 show(progress.step, self._note(loss) + note)
             if progress.step < config.steps:
                 self._save(is_good=not progress.skipped_in_a_row)
-                raise Interrupted(
-                    f"Saved after step {progress.step} of {config.steps}; {self.files.how_to_go_on()}"
-                )
+                done = f"Saved after step {progress.step} of {config.steps}"
+                raise Interrupted(f"{done}; {self.files.how_to_go_on()}")
         if validation is None:  # resumed when nothing was left to do
             validation = self._evaluate()
         return TrainResult(

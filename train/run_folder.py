@@ -16,6 +16,7 @@ from train.resume import Progress
 from train.snapshot import (
     Snapshot,
     generator_states,
+    newest_before,
     restore,
     save_snapshot,
     set_generator_states,
@@ -123,10 +124,16 @@ class RunFolder:
             )
 
     def diverged(self, what: str) -> ValueError:
-        """The error that ends a run which has come to nothing."""
-        kept = "nothing had been saved yet"
-        if self._progress.good_step is not None:
-            kept = f"the weights of step {self._progress.good_step:,} are kept"
+        """The error that ends a run which has come to nothing; the last good weights are kept."""
+        progress, kept = self._progress, "nothing had been saved yet"
+        if progress.good_step == progress.step - progress.skipped_in_a_row:
+            # Saved after the last step that was applied: the very weights that give nothing finite.
+            before = newest_before(self._folder, progress.good_step)
+            if before is not None:
+                restore(self._folder, before, [files.WEIGHTS])
+                progress.good_step = before
+        if progress.good_step is not None:
+            kept = f"the weights of step {progress.good_step:,} are kept"
         return ValueError(
             f"{what}; {kept}. Start afresh with a lower --learning-rate, a longer --warmup or a "
             "smaller --clip."

@@ -96,6 +96,18 @@ def load_snapshot(folder: Path, warn: Callable[[str], None]) -> Snapshot | None:
     return None
 
 
+def newest_before(folder: Path, step: int) -> int | None:
+    """The step of the newest whole snapshot before a step, or None."""
+    for path in _places(folder):
+        if path.name < _place(folder, step).name:
+            try:
+                _check(path)
+            except (OSError, ValueError):
+                continue
+            return int(path.name.removeprefix("step-"))
+    return None
+
+
 def restore(folder: Path, step: int, names: Iterable[str]) -> None:
     """Puts files of a run back as they were at a snapshot, where they are not.
 
