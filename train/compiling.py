@@ -1,5 +1,6 @@
 """`ebb train --compile`: the blocks of a model as `torch.compile` makes them."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -34,9 +35,12 @@ def compile_blocks(model: LanguageModel, batches: list[Batch], say: Callable[[st
     for block in blocks:
         block.compile()
     try:
-        for batch in batches:
-            loss = next_token_loss(model, batch.inputs, batch.targets, batch.reset)
-            torch.autograd.backward(loss)
+        with warnings.catch_warnings():
+            # PyTorch's tracer looks at it in every tensor that comes in, and warns of itself.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+            for batch in batches:
+                loss = next_token_loss(model, batch.inputs, batch.targets, batch.reset)
+                torch.autograd.backward(loss)
     except (RuntimeError, OSError) as error:  # the compiler's own are RuntimeErrors
         for block in blocks:
             block._compiled_call_impl = None

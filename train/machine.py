@@ -32,7 +32,9 @@ class Machine:
     """`native` or `torch`, as in `OPS`."""
     compile: bool
     """Whether blocks are compiled."""
-    processor: str = dataclasses.field(default_factory=torch.backends.cpu.get_cpu_capability)
+    processor: str = dataclasses.field(
+        default_factory=lambda: torch.backends.cpu.get_cpu_capability()
+    )
     torch: str = torch.__version__
 
     @contextmanager

@@ -82,7 +82,7 @@ def load_snapshot(folder: Path, warn: Callable[[str], None]) -> Snapshot | None:
     """The newest complete state of training in a run, or None; damaged ones are named to `warn`."""
     for path in _places(folder):
         try:
-            _check(path)
+            check_snapshot(path)
             contents = json.loads((path / TRAINING).read_text(encoding="utf-8"))
             return Snapshot(
                 contents["step"],
@@ -96,12 +96,25 @@ def load_snapshot(folder: Path, warn: Callable[[str], None]) -> Snapshot | None:
     return None
 
 
+def check_snapshot(path: Path) -> None:
+    """Refuses a snapshot whose files are not as they were written.
+
+    Raises:
+        ValueError: naming the file.
+        OSError: if one cannot be read.
+    """
+    sums = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+    for name, checksum in dict(sums).items():
+        if _checksum(path / name) != checksum:
+            raise ValueError(f"{name} is not as it was written")
+
+
 def newest_before(folder: Path, step: int) -> int | None:
     """The step of the newest whole snapshot before a step, or None."""
     for path in _places(folder):
         if path.name < _place(folder, step).name:
             try:
-                _check(path)
+                check_snapshot(path)
             except (OSError, ValueError):
                 continue
             return int(path.name.removeprefix("step-"))
@@ -176,19 +189,6 @@ def _write(folder: Path, beside: Path, snapshot: Snapshot) -> None:
             _copy(folder / name, beside / name)
     sums = {file.name: _checksum(file) for file in sorted(beside.iterdir())}
     files.write_text(beside / CHECKSUMS, json.dumps(sums, indent=2) + "\n")
-
-
-def _check(path: Path) -> None:
-    """Refuses a snapshot whose files are not as they were written.
-
-    Raises:
-        ValueError: naming the file.
-        OSError: if one cannot be read.
-    """
-    sums = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
-    for name, checksum in dict(sums).items():
-        if _checksum(path / name) != checksum:
-            raise ValueError(f"{name} is not as it was written")
 
 
 def _checksum(path: Path) -> str:

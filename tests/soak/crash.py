@@ -39,7 +39,7 @@ from runs import TINY, repeatable, write_text  # noqa: E402  # where it is, is s
 from safetensors.torch import load_file  # noqa: E402
 
 from train.cli import main  # noqa: E402
-from train.snapshot import load_snapshot  # noqa: E402
+from train.snapshot import check_snapshot  # noqa: E402
 
 STEPS = 40
 INTERVALS = ["--log-every", "3", "--eval-every", "10", "--save-every", "2", "--sample-every", "0"]
@@ -93,11 +93,10 @@ def stop(number: int, how: str, draw: random.Random, seconds: float) -> int:
         return wait_to_end(number) if status is None else status
     sent = {"int": signal.SIGINT, "twice": signal.SIGINT, "term": signal.SIGTERM}
     os.kill(number, sent.get(how, signal.SIGKILL))
-    if (
-        how == "twice"
-        and (status := wait(number, draw.choice([0.0, draw.uniform(0, 0.1)]))) is None
-    ):
-        os.kill(number, signal.SIGINT)
+    if how == "twice":
+        status = wait(number, draw.choice([0.0, draw.uniform(0, 0.1)]))
+        if status is None:
+            os.kill(number, signal.SIGINT)
     return wait_to_end(number) if status is None else status
 
 
@@ -110,30 +109,35 @@ def wait_to_end(number: int) -> int:
     return status
 
 
-def cut_newest(folder: Path, draw: random.Random) -> int:
-    """Cuts the newest files short, but for those of the oldest snapshot; how many there were."""
-    saved = sorted((folder / "resume").glob("step-*"))
-    spared = {"config.json"} if not saved else set()  # flushed before the first step
+def cut_newest(folder: Path, draw: random.Random) -> set[Path]:
+    """Cuts the newest files short, but for those of one whole snapshot; which they were."""
+    whole = next(filter(is_whole, sorted((folder / "resume").glob("step-*"))), None)
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
-    files = [p for p in files if p.name not in spared and p.parent != (saved or [None])[0]]
+    if whole is None:  # the settings reached the disk before the first step
+        files = [path for path in files if path.name != "config.json"]
+    files = [path for path in files if path.parent != whole]
     files.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
     chosen = files[: draw.randint(1, max(1, len(files)))]
     for path in chosen:
         os.truncate(path, draw.randrange(path.stat().st_size) if path.stat().st_size else 0)
-    return len(chosen)
+    return set(chosen)
 
 
-def check_whole(folder: Path) -> None:
-    """Everything in place can be read; what is unfinished has another name."""
+def is_whole(snapshot: Path) -> bool:
+    """Whether a snapshot is as it was written."""
+    try:
+        check_snapshot(snapshot)
+    except (OSError, ValueError):
+        return False
+    return True
 
-    def damaged(text: str) -> None:
-        raise AssertionError(text)
 
-    load_snapshot(folder, damaged)
-    for path in folder.glob("*.safetensors"):
-        load_file(path)
-    for path in folder.glob("*.json"):
-        json.loads(path.read_text())
+def check_whole(folder: Path, cut: set[Path]) -> None:
+    """Everything in place can be read, but what was cut; what is unfinished has another name."""
+    for snapshot in (folder / "resume").glob("step-*"):
+        assert is_whole(snapshot) or cut & set(snapshot.iterdir()), snapshot
+    for path in {*folder.glob("*.safetensors"), *folder.glob("*.json")} - cut:
+        load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
 
 
 def check_end(folder: Path, reference: Path) -> None:
@@ -180,6 +184,7 @@ def soak(flags: list[str], stops: int, seed: int, work: Path) -> collections.Cou
     assert status == 0, said.read_text()
     whole = time.monotonic() - begin
     hows: list[str] = []
+    cut: set[Path] = set()
     while sum(counts[how] for how in HOWS) < stops or run.exists():
         hows = hows or draw.sample(HOWS, len(HOWS))
         how = hows.pop()
@@ -187,19 +192,22 @@ def soak(flags: list[str], stops: int, seed: int, work: Path) -> collections.Cou
         args = args or [*flags, "--resume", "--out", str(run)]
         limit = int(LARGEST ** draw.uniform(0.4, 1.0)) if how == "disk" else None
         number = start(args, said, limit)
-        status = stop(number, how, draw, draw.uniform(0, whole))
+        status = stop(number, how, draw, draw.uniform(0, 0.7 * whole))
         check_status(how, status, said.read_text())
         if status == 0:
             counts["runs"] += 1
             check_end(run, reference)
             shutil.rmtree(run)
+            cut.clear()
             continue
         counts[how] += 1
         counts["amid writing"] += any(run.rglob("*.tmp"))
         if run.exists():
-            check_whole(run)
+            check_whole(run, cut)
             if how == "power":
-                counts["files cut"] += cut_newest(run, draw)
+                new = cut_newest(run, draw)
+                counts["files cut"] += len(new)
+                cut |= new
     return counts
 
 
