@@ -6,6 +6,7 @@ states of training, by `train.snapshot`.
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -259,4 +260,6 @@ def flush(path: Path) -> None:
 def cannot_write(path: Path, error: Exception) -> str:
     """The sentence for a file or folder that could not be written."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if found := re.search(r"I/O error: (.+) \(os error \d+\)", reason):  # safetensors' own words
+        reason = found[1]
     return f"{path} cannot be written ({reason}): make room or choose another place."

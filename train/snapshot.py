@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,16 +67,19 @@ def save_snapshot(folder: Path, snapshot: Snapshot, keep: int = 2) -> None:
             files.flush(file)
         files.flush(beside)
         if final.exists():  # moved aside: at no time is there neither the old one nor the new
-            final.rename(beside.with_suffix(".old.tmp"))
+            _move_aside(final)
         beside.rename(final)
         files.flush(resume)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise ValueError(files.cannot_write(final, error)) from error
     kept = [path for path in _places(folder) if path.name <= final.name][:keep]
-    for old in (*_places(folder), *resume.glob(".step-*.tmp")):
+    for old in _places(folder):
         if old not in kept:
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):
+                _move_aside(old)  # at once, and not file by file
+    for unfinished in resume.glob(".step-*.tmp"):
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def load_snapshot(folder: Path, warn: Callable[[str], None]) -> Snapshot | None:
@@ -204,6 +208,11 @@ def _are_equal(one: Path, two: Path) -> bool:
 
 def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
+
+
+def _move_aside(path: Path) -> None:
+    """To a name that does not count and is removed by and by."""
+    path.rename(path.with_name(f".{path.name}.old.tmp"))
 
 
 def _place(folder: Path, step: int) -> Path:

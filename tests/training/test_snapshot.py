@@ -57,6 +57,19 @@ def test_damaged_one_of_a_later_step_is_not_kept_in_place_of_a_whole_one(tmp_pat
     assert names(tmp_path) == ["step-000000005"]
 
 
+def test_one_that_goes_is_not_seen_half_removed(tmp_path, monkeypatch):
+    """As when the process is killed while it removes the files."""
+    for step in (1, 2):
+        save_snapshot(tmp_path, snapshot(step))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: next(path.iterdir()).unlink())
+    save_snapshot(tmp_path, snapshot(3))
+    monkeypatch.undo()
+    assert all(newest_before(tmp_path, step + 1) == step for step in (2, 3))
+    assert newest_before(tmp_path, 2) is None
+    save_snapshot(tmp_path, snapshot(4))
+    assert names(tmp_path) == ["step-000000003", "step-000000004"]
+
+
 def test_every_flipped_bit_is_found(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     save_snapshot(tmp_path, snapshot(1))
