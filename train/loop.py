@@ -57,7 +57,7 @@ def train(config: TrainConfig, display: Display | None = None) -> TrainResult:
 
     Raises:
         ValueError: for settings, data or a folder that cannot be used.
-        Interrupted: after Ctrl-C, when everything is saved.
+        Interrupted: after Ctrl-C, when all is saved; after a second one, at once.
     """
     keep_freed_memory()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())  # Apple's GPUs have no float64

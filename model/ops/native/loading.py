@@ -112,9 +112,9 @@ def switched(*, on: bool) -> Iterator[None]:
 def status() -> str:
     """What `ebb info` says: the instruction set in use, or what would bring the kernels."""
     found, reason = _load()
-    if not _switch["on"]:
-        return "switched off"
-    return reason if found is None else f"native, {found.instruction_set()}"
+    if found is None:
+        return reason
+    return f"native, {found.instruction_set()}" if _switch["on"] else "the kernels are switched off"
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
