@@ -49,7 +49,7 @@ TIMES = ("seconds", "speeds", "stretch_seconds")
 HOWS = ("kill", "int", "term", "twice", "power", "disk")
 LARGEST = 12_000_000
 """Bytes, more than the largest file of a run has."""
-PATIENCE = 120.0
+PATIENCE = 900.0
 
 
 def start(args: list[str], said: Path, limit: int | None = None) -> int:

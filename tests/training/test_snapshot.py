@@ -64,8 +64,8 @@ def test_one_that_goes_is_not_seen_half_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", lambda path, **_: next(path.iterdir()).unlink())
     save_snapshot(tmp_path, snapshot(3))
     monkeypatch.undo()
-    assert all(newest_before(tmp_path, step + 1) == step for step in (2, 3))
-    assert newest_before(tmp_path, 2) is None
+    seen = [name for name in names(tmp_path) if not name.startswith(".")]
+    assert seen == ["step-000000002", "step-000000003"]
     save_snapshot(tmp_path, snapshot(4))
     assert names(tmp_path) == ["step-000000003", "step-000000004"]
 
