@@ -15,7 +15,9 @@ REASON_LENGTH = 200
 """Characters of a compiler's message that are shown."""
 
 
-def compile_blocks(model: LanguageModel, batches: list[Batch], say: Callable[[str], None]) -> bool:
+def compile_blocks(
+    model: LanguageModel, batches: list[Batch], say: Callable[[str], None], *, must: bool = False
+) -> bool:
     """Compiles every block, in place: one compilation serves all of the same kind.
 
     A forward and a backward pass over each batch make the compiler work now, so that what it cannot
@@ -25,9 +27,13 @@ def compile_blocks(model: LanguageModel, batches: list[Batch], say: Callable[[st
         model: to train.
         batches: of each kind that training will see.
         say: hears why it failed.
+        must: a run that is compiled goes on, which would not be the same without.
 
     Returns:
         Whether it worked. If not, the model is as it was.
+
+    Raises:
+        ValueError: if it must work and does not.
     """
     torch.compiler.reset()  # what other models have left counts against a limit
     blocks = [block for block in model.blocks if isinstance(block, Block)]
@@ -45,6 +51,11 @@ def compile_blocks(model: LanguageModel, batches: list[Batch], say: Callable[[st
         for block in blocks:
             block._compiled_call_impl = None
         reason = " ".join(str(error).split())[:REASON_LENGTH]
+        if must:
+            raise ValueError(
+                f"the blocks of this run are compiled, which fails here ({reason}); to go on "
+                "without, add --no-compile"
+            ) from error
         say(f"The blocks cannot be compiled, so training goes on without ({reason}).")
         return False
     finally:

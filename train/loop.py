@@ -123,7 +123,9 @@ class _Run:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.files = RunFolder(config, self.progress)
         if machine.compile:
-            compiles = compile_blocks(self.model, self._kinds_of_batches(), display.say)
+            compiles = compile_blocks(
+                self.model, self._kinds_of_batches(), display.say, must=resumed is not None
+            )
             machine = dataclasses.replace(machine, compile=compiles)
         if resumed is not None:
             self.files.go_on_from(resumed)

@@ -188,6 +188,8 @@ def soak(flags: list[str], stops: int, seed: int, work: Path) -> collections.Cou
     while sum(counts[how] for how in HOWS) < stops or run.exists():
         hows = hows or draw.sample(HOWS, len(HOWS))
         how = hows.pop()
+        if how == "disk" and "--compile" in flags:  # the compiler writes files too, or gives up
+            continue
         args = ["--resume", "--out", str(run)] if (run / "config.json").exists() else []
         args = args or [*flags, "--resume", "--out", str(run)]
         limit = int(LARGEST ** draw.uniform(0.4, 1.0)) if how == "disk" else None

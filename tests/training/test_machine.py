@@ -214,3 +214,22 @@ def test_failure_to_compile_is_one_sentence_and_no_more(flags, tmp_path, monkeyp
     assert "no C++ compiler was found" in said
     assert machine(tmp_path / "compiled")["compile"] is False
     assert repeatable(tmp_path / "compiled") == repeatable(tmp_path / "plain")
+
+
+def test_compiled_run_does_not_go_on_uncompiled_by_itself(
+    flags, tmp_path, monkeypatch, quick_compiler, capsys
+):
+    run = interrupted_run([*flags, "--compile"], tmp_path / "run", monkeypatch)
+
+    def fail(*_):
+        raise RuntimeError("no C++ compiler")
+
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(Block, "compile", lambda self: plain(self, backend=fail))
+    capsys.readouterr()
+    assert ebb("train", "--resume", "--out", run) == 1
+    said = only_line(capsys.readouterr().err)
+    assert "no C++ compiler" in said
+    assert said.endswith("to go on without, add --no-compile")
+    assert ebb("train", "--resume", "--out", run, "--no-compile") == 0
+    assert f"compile False instead of True: {HINT}" in " ".join(capsys.readouterr().err.split())
