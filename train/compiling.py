@@ -1,5 +1,6 @@
 """`ebb train --compile`: the blocks of a model as `torch.compile` makes them."""
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ def compile_blocks(
     except (RuntimeError, OSError) as error:  # the compiler's own are RuntimeErrors
         for block in blocks:
             block._compiled_call_impl = None
-        reason = " ".join(str(error).split())[:REASON_LENGTH]
+        reason = _reason(error)
         if must:
             raise ValueError(
                 f"the blocks of this run are compiled, which fails here ({reason}); to go on "
@@ -69,3 +70,9 @@ def uncompiled() -> Iterator[None]:
     """Validation and samples: other shapes, without gradients, not worth a compilation."""
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def _reason(error: Exception) -> str:
+    """What a compiler says, without the names of exceptions and its advice to developers."""
+    text = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())
+    return re.sub(r"\b[\w.]+(Error|Exception): ", "", text)[:REASON_LENGTH]
