@@ -67,6 +67,13 @@ class TrainConfig:
     """Of the weights, the order of the data and the samples."""
     threads: int | None = None
     """CPU threads; what PyTorch chooses if not given."""
+    backend: str = "auto"
+    """native (compiled kernels), torch, or auto: native where they are compiled."""
+    compile: bool = False
+    """Compile the blocks with torch.compile first."""
+    max_skipped: int = 10
+    """Steps in a row whose loss or gradient is not finite, and which are skipped for that, after
+    which training stops."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     eval_every: int | None = None
@@ -77,6 +84,8 @@ class TrainConfig:
     """Steps between samples; every validation if not given, 0 for none."""
     save_every: int | None = None
     """Steps between checkpoints; every validation if not given. The end is always saved."""
+    keep: int = 2
+    """Checkpoints to keep, the newest; with 1 there is none to go back to if it is damaged."""
     out: Path | None = None
     """Folder of the run; checkpoints/MIXER-SIZE-DATA if not given."""
     resume: bool = False
@@ -99,7 +108,11 @@ class TrainConfig:
             raise ValueError(f"there is no size {self.size!r}; choose one of {', '.join(SIZES)}")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision must be auto, fp32 or bf16, but is {self.precision!r}")
+        if self.backend not in ("auto", "native", "torch"):
+            raise ValueError(f"backend must be auto, native or torch, but is {self.backend!r}")
         for name in ("steps", "batch_size", "context", "log_every", "eval_tokens"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("max_skipped", "keep"):
             at_least(name, getattr(self, name), 1)
         for name in ("eval_every", "save_every", "threads", "ffn_dim", "vocab_size", "stream"):
             at_least(name, getattr(self, name), 1)
@@ -124,11 +137,12 @@ class TrainConfig:
     def saved(self) -> dict[str, Any] | None:
         """The settings that the run in the folder was made with; None if none was made there."""
         from train import checkpoint as files  # loads torch, which --help can do without
+        from train.snapshot import read_run
 
-        if not (self.folder / files.CONFIG).exists() or files.is_imported(self.folder):
+        if not files.holds_run(self.folder):
             return None
-        settings: dict[str, Any] = files.read_config(self.folder)["train"]
-        return settings
+        settings: dict[str, Any] = read_run(self.folder)["train"]
+        return None if files.IMPORTED in settings else settings
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; without what does not belong to the run itself."""
@@ -141,7 +155,10 @@ class TrainConfig:
 NOT_OF_THE_RUN = ("out", "resume")
 """Settings that say where and how to start, not what to compute."""
 
-FREE_ON_RESUME = (*NOT_OF_THE_RUN, "log_every", "eval_every", "sample_every", "save_every")
+FREE_ON_RESUME = (
+    *(*NOT_OF_THE_RUN, "log_every", "eval_every", "sample_every", "save_every"),
+    *("keep", "max_skipped", "threads", "backend", "compile"),
+)
 """Settings that a resumed run may change without becoming another run."""
 
 
