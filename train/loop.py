@@ -58,7 +58,20 @@ def train(config: TrainConfig, display: Display | None = None) -> TrainResult:
 
     Raises:
         ValueError: for settings, data or a folder that cannot be used.
+        Diverged: when it has come to nothing.
         Interrupted: after Ctrl-C, when all is saved; after a second one, at once.
+    """
+    result = train_until(config, config.steps, display)
+    assert result is not None
+    return result
+
+
+def train_until(
+    config: TrainConfig, step: int, display: Display | None = None
+) -> TrainResult | None:
+    """As `train`, but a run that is not at its end after that step is saved, and None comes back.
+
+    With `config.resume`, the next call goes on from there, exactly as if there had been no pause.
     """
     keep_freed_memory()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())  # Apple's GPUs have no float64
@@ -72,7 +85,7 @@ def train(config: TrainConfig, display: Display | None = None) -> TrainResult:
         resumed = claim_folder(config, shown)
         machine = choose_machine(config, shown.say)
         with machine.in_use():
-            return _Run(config, shown, accelerator, machine, resumed).run()
+            return _Run(config, shown, accelerator, machine, resumed).run(step)
 
 
 class _Run:
@@ -137,14 +150,14 @@ class _Run:
         self.files.write_settings(model_config, self.data, machine)
         self.metrics = MetricsLog(self.folder / files.METRICS, self.progress.step)
 
-    def run(self) -> TrainResult:
-        """Steps to the end, or to an interrupt."""
+    def run(self, until: int) -> TrainResult | None:
+        """Steps to the end, to the step at which to pause, or to an interrupt."""
         try:
-            return self._run()
+            return self._run(min(until, self.config.steps))
         except KeyboardInterrupt:
             raise Interrupted(f"Stopped at once; {self.files.how_to_go_on()}") from None
 
-    def _run(self) -> TrainResult:
+    def _run(self, until: int) -> TrainResult | None:
         config, progress = self.config, self.progress
         every = config.eval_every or max(1, config.steps // 10)
         save_every = config.save_every or every
@@ -156,7 +169,7 @@ class _Run:
             self.display.noted_task("Step", config.steps, progress.step) as show,
         ):
             note, is_due = "", False
-            while progress.step < config.steps and not stop.requested:
+            while progress.step < until and not stop.requested:
                 start = time.perf_counter()
                 batch = self.batches[progress.step]
                 loss, norm = self._step(batch)
@@ -180,6 +193,8 @@ class _Run:
                 show(progress.step, self._note(loss, num_bytes) + note)
             if progress.step < config.steps:
                 self._save(is_good=not progress.skipped_in_a_row)
+                if not stop.requested:
+                    return None
                 done = f"Saved after step {progress.step} of {config.steps}"
                 raise Interrupted(f"{done}; {self.files.how_to_go_on()}")
         if validation is None:  # resumed when nothing was left to do
