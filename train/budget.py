@@ -7,7 +7,7 @@ from typing import Self
 
 _UNITS = {
     **{name: name for name in ("steps", "tokens", "flops")},
-    **{name: "seconds" for name in ("s", "min", "h")},
+    **dict.fromkeys(("s", "min", "h"), "seconds"),
 }
 _SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 _FACTORS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}

@@ -12,7 +12,7 @@ from train.budget import Budget
 
 CHECKPOINTS = Path("checkpoints")
 COMPARISON = "comparison.json"
-"""The settings of a comparison, and the steps that its budget came to."""
+"""The settings of a comparison, and what they came to: steps, turns, learning rates."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,11 @@ class CompareConfig:
     vocab_size: int | None = None
     """Vocabulary of a bpe to train; 4096 if not given."""
     budget: str = "1000-steps"
-    """Training of each model: 500-steps or 2M-tokens; or 10min for all of the training together,
-    turned into equal steps by measuring the speeds first."""
+    """Training of each model: 500-steps, 2M-tokens or 1e15-flops; or 10min for all of the training
+    together, turned into equal steps by measuring the speeds first."""
+    tune: int = 0
+    """Learning rates to try with each mixer, in runs of a fifth of the steps: its recipe's and 2,
+    1/2, 4, 1/4, ... times that. The best one is used. 0 takes the recipe's."""
     batch_size: int = 8
     """Sequences a step."""
     context: int = 256
@@ -210,6 +213,8 @@ class CompareConfig:
     """How many times each model is trained, with other weights and another order of the data."""
     contexts: str = "128,1k,4k,16k"
     """Tokens already seen when generation is measured."""
+    extrapolate: int = 32
+    """Measure the loss in windows up to so many contexts long (1, 2, 4, ...); 0 does not."""
     eval_tokens: int = 65_536
     """Validation tokens, spread evenly over the text."""
     prompt: str = "The"
@@ -235,6 +240,12 @@ class CompareConfig:
             raise ValueError(f"there is no size {self.size!r}; choose one of {', '.join(SIZES)}")
         for name in ("batch_size", "context", "seeds", "eval_tokens", "vocab_size", "threads"):
             at_least(name, getattr(self, name), 1)
+        if self.tune < 0 or self.tune == 1:
+            raise ValueError(
+                f"tune must be 0, or at least 2 learning rates to choose from, but is {self.tune}"
+            )
+        if self.extrapolate < 0 or self.extrapolate & (self.extrapolate - 1):
+            raise ValueError(f"extrapolate must be 0, 1, 2, 4, ..., but is {self.extrapolate}")
         if not self.prompt:
             raise ValueError("prompt must not be empty: give the samples a word to go on from")
         Budget.parse(self.budget)
@@ -263,7 +274,9 @@ class CompareConfig:
         return None if plan is None else plan["settings"]
 
     def plan(self) -> dict[str, Any] | None:
-        """What `comparison.json` holds: `settings` and `steps`; None if there is no such file.
+        """What `comparison.json` holds; None if there is no such file.
+
+        `settings`; `steps` by mixer; `turns` of each run; `tuning`, the rates tried by mixer.
 
         Raises:
             ValueError: if it is damaged.
@@ -273,8 +286,9 @@ class CompareConfig:
             return None
         try:
             plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(plan["settings"], dict) or not isinstance(plan["steps"], int):
+            if not isinstance(plan["settings"], dict) or not isinstance(plan["steps"], dict):
                 raise ValueError("settings or steps are missing")
+            _ = plan["turns"], plan["tuning"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): choose another --out.") from error
         return plan

@@ -67,11 +67,12 @@ def train(config: TrainConfig, display: Display | None = None) -> TrainResult:
 
 
 def train_until(
-    config: TrainConfig, step: int, display: Display | None = None
+    config: TrainConfig, step: int, display: Display | None = None, *, announce: bool = True
 ) -> TrainResult | None:
     """As `train`, but a run that is not at its end after that step is saved, and None comes back.
 
-    With `config.resume`, the next call goes on from there, exactly as if there had been no pause.
+    With `config.resume`, the next call goes on from there, exactly as if there had been no pause;
+    it need not `announce` again what is trained on what.
     """
     keep_freed_memory()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())  # Apple's GPUs have no float64
@@ -85,7 +86,7 @@ def train_until(
         resumed = claim_folder(config, shown)
         machine = choose_machine(config, shown.say)
         with machine.in_use():
-            return _Run(config, shown, accelerator, machine, resumed).run(step)
+            return _Run(config, shown, accelerator, machine, resumed).run(step, announce)
 
 
 class _Run:
@@ -150,8 +151,10 @@ class _Run:
         self.files.write_settings(model_config, self.data, machine)
         self.metrics = MetricsLog(self.folder / files.METRICS, self.progress.step)
 
-    def run(self, until: int) -> TrainResult | None:
+    def run(self, until: int, announce: bool) -> TrainResult | None:
         """Steps to the end, to the step at which to pause, or to an interrupt."""
+        if announce:
+            self._announce()
         try:
             return self._run(min(until, self.config.steps))
         except KeyboardInterrupt:
@@ -162,7 +165,6 @@ class _Run:
         every = config.eval_every or max(1, config.steps // 10)
         save_every = config.save_every or every
         sample_every = every if config.sample_every is None else config.sample_every
-        self._announce()
         validation: Evaluation | None = None
         with (
             stop_on_signal(self.display.say) as stop,
