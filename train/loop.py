@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
+from torch import Tensor
 
 from data.loader import Batch, TrainingBatches, validation_batches
 from model.config import ModelConfig
@@ -22,9 +23,9 @@ from model.ops import OPS, native
 from model.presets import preset
 from train import checkpoint as files
 from train.config import TrainConfig
-from train.evaluate import Evaluation, evaluate
+from train.distributed import LAUNCHER_ECHO, Ranks
+from train.evaluate import Evaluation
 from train.interrupt import Interrupted, stop_on_signal
-from train.loss import next_token_loss
 from train.memory import keep_freed_memory
 from train.metrics import MetricsLog
 from train.optimizer import make_optimizer, set_rate
@@ -34,6 +35,7 @@ from train.recipes import recipe_of
 from train.resume import Progress, check_data, claim_folder
 from train.sampling import sample_text
 from train.schedule import rate_factor
+from train.trackers import start_trackers
 
 
 @dataclass(frozen=True)
@@ -57,32 +59,32 @@ def train(config: TrainConfig, display: Display | None = None) -> TrainResult:
         Interrupted: after Ctrl-C, when everything is saved.
     """
     keep_freed_memory()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # Apple's GPUs have no float64
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"ebb trains in one process, but was started in {accelerator.num_processes}: "
-            "start it without a launcher"
-        )
-    own_display = Display() if display is None else nullcontext(display)
-    with files.locked(config.folder), own_display as shown:
-        return _Run(config, shown, accelerator).run()
+    ranks = Ranks(config)
+    own_display = Display(quiet=not ranks.is_main) if display is None else nullcontext(display)
+    with ranks.told_once(), own_display as shown:
+        ranks.check()
+        with ranks.locked(config.folder):
+            result = _Run(config, shown, ranks).run()
+        ranks.close()
+        return result
 
 
 class _Run:
     """One run: built from its settings or its newest snapshot, then stepped to the end."""
 
-    def __init__(self, config: TrainConfig, display: Display, accelerator: Accelerator) -> None:
+    def __init__(self, config: TrainConfig, display: Display, ranks: Ranks) -> None:
         self.config, self.display, self.folder = config, display, config.folder
-        resumed = claim_folder(config, display)
-        self.data = prepare_data(
-            config.data,
-            config.column,
-            config.tokenizer,
-            config.vocab_size,
-            display,
-            fixed_tokenizer=self.folder / files.TOKENIZER if resumed else None,
+        self.ranks = ranks
+        resumed = ranks.in_turn(lambda: claim_folder(config, display))
+        self.data = ranks.in_turn(
+            lambda: prepare_data(
+                config.data,
+                config.column,
+                config.tokenizer,
+                config.vocab_size,
+                display,
+                fixed_tokenizer=self.folder / files.TOKENIZER if resumed else None,
+            )
         )
         if resumed is not None:
             check_data(self.folder, self.data.fingerprint)
@@ -94,25 +96,27 @@ class _Run:
             end_id=self.data.tokenizer.end_id,
         )
         self._validation_batches()  # refuses a text that is too short before anything is trained
-        self.accelerator = accelerator
         torch.manual_seed(config.seed)
         model_config = preset(
             config.size, config.mixer, self.data.tokenizer.vocab_size, ffn_dim=config.ffn_dim
         )
-        model = LanguageModel(model_config)
+        self.model = LanguageModel(model_config)
+        if config.precision == "fp64":
+            self.model.double()
         self.recipe = recipe_of(model_config.mixer)
         self.rate = config.learning_rate or self.recipe.learning_rate
         decay = self.recipe.weight_decay if config.weight_decay is None else config.weight_decay
-        optimizer = make_optimizer(model, self.recipe, self.rate, decay)
         self.progress = Progress()
         if resumed is not None:
-            files.fill(model, resumed.weights, f"The checkpoint in {self.folder}")
-            optimizer.load_state_dict(resumed.optimizer)
+            files.fill(self.model, resumed.weights, f"The checkpoint in {self.folder}")
             self.progress = Progress(**resumed.progress)
-        self.model: LanguageModel
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self._write_settings(model_config)
-        self.metrics = MetricsLog(self.folder / files.METRICS, self.progress.step)
+        ranks.prepare(self.model)
+        self.optimizer = make_optimizer(self.model, self.recipe, self.rate, decay)
+        if resumed is not None:
+            self.optimizer.load_state_dict(ranks.divided(resumed.optimizer, self.optimizer))
+        ranks.wait()  # until all have read the old files
+        ranks.on_main(lambda: self._begin_files(model_config))
+        start_trackers(ranks.accelerator, config)
 
     def run(self) -> TrainResult:
         """Steps to the end, or to an interrupt."""
@@ -123,11 +127,11 @@ class _Run:
         self._announce()
         validation: Evaluation | None = None
         with (
-            stop_on_signal(self.display.say) as stop,
+            stop_on_signal(self.display.say, LAUNCHER_ECHO * (self.ranks.count > 1)) as stop,
             self.display.noted_task("Step", config.steps, progress.step) as show,
         ):
             note = ""
-            while progress.step < config.steps and not stop.requested:
+            while progress.step < config.steps and not self.ranks.any(stop.requested):
                 start = time.perf_counter()
                 loss, norm = self._step(self.batches[progress.step])
                 progress.add(loss, norm, time.perf_counter() - start)
@@ -160,9 +164,6 @@ class _Run:
 
     def _step(self, batch: Batch) -> tuple[float, float]:
         """One optimiser step; its loss and the norm of its gradient."""
-        device = self.accelerator.device
-        inputs, targets = batch.inputs.to(device), batch.targets.to(device)
-        reset = None if batch.reset is None else batch.reset.to(device)
         factor = rate_factor(
             self.progress.step,
             steps=self.config.steps,
@@ -170,16 +171,13 @@ class _Run:
             final_fraction=self.recipe.final_fraction,
         )
         set_rate(self.optimizer, self.rate * factor)
-        with torch.autocast(device.type, torch.bfloat16, enabled=_is_bf16(self.config.precision)):
-            loss = next_token_loss(self.model, inputs, targets, reset)
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        value, norm_value = float(loss.detach()), float(norm)
-        if not (math.isfinite(value) and math.isfinite(norm_value)):
+        loss = self.ranks.forward_backward(batch, bf16=_is_bf16(self.config.precision))
+        norm = self.ranks.clip(self.model.parameters(), self.config.clip)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._diverged("loss or its gradient", self.progress.step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return value, norm_value
+        return loss, norm
 
     def _warmup(self) -> int:
         steps = self.config.steps
@@ -213,7 +211,7 @@ class _Run:
 
     def _evaluate(self) -> Evaluation:
         """Loss on the validation text."""
-        return evaluate(self.model, self._validation_batches(), self.data.token_bytes)
+        return self.ranks.evaluate(self.model, self._validation_batches(), self.data.token_bytes)
 
     def _validate(self) -> Evaluation:
         """Loss on the validation text, written down; keeps the best weights; shows a sample."""
@@ -225,7 +223,8 @@ class _Run:
         )
         if progress.best_loss is None or result.loss < progress.best_loss:
             progress.best_loss = result.loss
-            files.save_weights(self.folder / files.BEST, self.model.state_dict())
+            best = self.ranks.whole(self.model.state_dict())
+            self.ranks.on_main(lambda: files.save_weights(self.folder / files.BEST, best))
         self.display.say(
             f"step {progress.step:,}: validation {result.loss:.4f} nats/token, "
             f"{result.bits_per_byte:.4f} bits/byte"
@@ -233,8 +232,11 @@ class _Run:
         return result
 
     def _show_sample(self) -> None:
+        model = self.ranks.plain(self.model)
+        if model is None:
+            return
         text = sample_text(
-            self.model, self.data.tokenizer, tokens=60, seed=self.config.seed, prompt="\n"
+            model, self.data.tokenizer, tokens=60, seed=self.config.seed, prompt="\n"
         )
         self.display.say("  " + " ".join(text.split()), style="dim")
 
@@ -246,30 +248,29 @@ class _Run:
 
     def _write_metrics(self, **values: float) -> None:
         step = self.progress.step
-        self.metrics.append(
-            {
-                "step": step,
-                "tokens": step * self.config.batch_size * self.config.context,
-                "seconds": round(self.progress.seconds, 3),
-                **values,
-            }
-        )
+        line = {
+            "step": step,
+            "tokens": step * self.config.batch_size * self.config.context,
+            "seconds": round(self.progress.seconds, 3),
+            **values,
+        }
+        self.ranks.on_main(lambda: self.metrics.append(line))
+        self.ranks.accelerator.log(line, step)
 
     def _save(self) -> None:
         """A snapshot to resume from, and the weights as `ebb generate` reads them."""
-        weights = self.model.state_dict()
+        weights = self.ranks.whole(self.model.state_dict())
+        optimizer = self.ranks.whole(self.optimizer.state_dict())
+        self.ranks.on_main(lambda: self._write(weights, optimizer))
+
+    def _write(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
+        progress = dataclasses.asdict(self.progress)
         files.save_snapshot(
-            self.folder,
-            files.Snapshot(
-                self.progress.step,
-                weights,
-                self.optimizer.state_dict(),
-                dataclasses.asdict(self.progress),
-            ),
+            self.folder, files.Snapshot(self.progress.step, weights, optimizer, progress)
         )
         files.save_weights(self.folder / files.WEIGHTS, weights)
 
-    def _write_settings(self, model_config: ModelConfig) -> None:
+    def _begin_files(self, model_config: ModelConfig) -> None:
         files.save_json(
             self.folder / files.CONFIG,
             {
@@ -279,6 +280,7 @@ class _Run:
             },
         )
         files.write_atomically(self.folder / files.TOKENIZER, self.data.tokenizer.save)
+        self.metrics = MetricsLog(self.folder / files.METRICS, self.progress.step)
 
     def _announce(self) -> None:
         config, data = self.config, self.data
@@ -305,6 +307,8 @@ def _is_bf16(precision: str) -> bool:
 def train_command(config: TrainConfig) -> None:
     """Runs `ebb train` and prints how it ended."""
     result = train(config)
+    if not PartialState().is_main_process:
+        return
     sys.stdout.write(
         f"{result.folder}: {result.num_parameters:,} parameters, {result.tokens:,} tokens at "
         f"{result.tokens_per_second:,.0f} tokens/s; validation {result.validation.loss:.4f} "

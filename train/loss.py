@@ -7,13 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.language_model import LanguageModel
+from model.state import ModelState
 
 BLOCK = 2**22
 """Logits in memory at a time: 16 MB in float32."""
 
 
 def next_token_loss(
-    model: LanguageModel, inputs: Tensor, targets: Tensor, reset: Tensor | None = None
+    model: LanguageModel,
+    inputs: Tensor,
+    targets: Tensor,
+    reset: Tensor | None = None,
+    state: ModelState | None = None,
 ) -> Tensor:
     """Mean of `-ln p(target)` over all tokens, in at least float32.
 
@@ -22,8 +27,9 @@ def next_token_loss(
         inputs: `[B, T]` int64.
         targets: `[B, T]` int64, the token after each.
         reset: `[B, T]` bool, True where a token starts a document.
+        state: to go on from; None to start afresh.
     """
-    features, _ = model.features(inputs, reset=reset)
+    features, _ = model.features(inputs, state, reset=reset)
     x, flat = features.flatten(0, 1), targets.flatten()
     if torch.is_autocast_enabled(x.device.type):
         return F.cross_entropy(model.head(x).float(), flat)
