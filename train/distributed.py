@@ -6,6 +6,8 @@ batch of the settings is that of all ranks together, so a run is the same run on
 """
 
 import contextlib
+import shlex
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,9 +61,9 @@ class Ranks:
             log_with=usable_trackers(config.track) or None,
             project_dir=config.folder,
         )
-        self.count = self.accelerator.num_processes
-        self.rank = self.accelerator.process_index
-        self.is_main = self.accelerator.is_main_process
+        self.count: int = self.accelerator.num_processes
+        self.rank: int = self.accelerator.process_index
+        self.is_main: bool = self.accelerator.is_main_process
         """Whether this one writes and tells."""
         self.device = self.accelerator.device
         if config.threads is not None:  # accelerate has chosen some
@@ -136,7 +138,7 @@ class Ranks:
                 raise
             if not self._tells():
                 raise AlreadyTold(1) from None
-            folder = self.config.folder
+            folder = shlex.quote(str(self.config.folder))
             raise ValueError(
                 f"A process of this run has ended, so all of them stop. Go on from the last "
                 f"checkpoint, with any number of processes: ebb train --resume --out {folder}"
@@ -230,6 +232,8 @@ class Ranks:
             )
         self.trainee: torch.nn.Module = trainee
         if self.config.shard:
+            # The carried state is such a view, and nothing ever writes to a state.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
             mesh = init_device_mesh(self.device.type, (self.count,))
             for block in model.blocks:
                 fully_shard(block, mesh=mesh)
