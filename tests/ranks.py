@@ -48,9 +48,10 @@ def ended(processes: list[Process]) -> list[subprocess.CompletedProcess[str]]:
     """Waits for all of them; none may be stuck."""
     try:
         said = [process.communicate(timeout=PATIENCE) for process in processes]
-    finally:
+    except subprocess.TimeoutExpired:
         for process in processes:
             process.kill()
+        said = [process.communicate() for process in processes]
     return [
         subprocess.CompletedProcess([], process.returncode, output, error)
         for process, (output, error) in zip(processes, said, strict=True)

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from model_helpers import random_model, random_tokens, resets_at, small_config
 from torch import Tensor
 
-from model.layers import MIXERS
 from model.language_model import LanguageModel
+from model.layers import MIXERS
 from model.state import map_tensors
 from train.context_parallel import pass_states
 

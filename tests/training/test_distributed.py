@@ -62,7 +62,8 @@ def told(processes):
 
 
 def test_float64_over_100_steps_with_accumulation(workshop, flags):
-    run = [*flags, "--steps", 100, "--precision", "fp64", "--save-every", 100]
+    rarely = ["--log-every", 5, "--eval-every", 100, "--save-every", 100]
+    run = [*flags, "--steps", 100, "--precision", "fp64", "--ffn-dim", 64, *rarely]
     assert ebb("train", *run, "--out", workshop / "one64") == 0
     processes = ended(start_training(2, *run, "--accumulate", 2, "--out", workshop / "two64"))
     assert [process.returncode for process in processes] == [0, 0], processes
@@ -93,9 +94,9 @@ def test_four_processes_divide_a_model(workshop, flags, alone):
 def test_killed_interrupted_and_resumed_with_other_numbers_of_processes(workshop, flags, alone):
     folder = workshop / "on and off"
     run = [*flags, "--steps", str(STEPS), "--shard", "--out", folder]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        + ["--master-port", free_port(), "-m", "train.cli", "train", *map(str, run)],
+        [sys.executable, *launch, "-m", "train.cli", "train", *map(str, run)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -103,7 +104,7 @@ def test_killed_interrupted_and_resumed_with_other_numbers_of_processes(workshop
     wait_for(lambda: has_logged(folder, 5), launcher)
     ranks = {p.environ().get("RANK"): p for p in psutil.Process(launcher.pid).children()}
     ranks["1"].kill()
-    output, error = launcher.communicate(timeout=PATIENCE)
+    _, error = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode != 0
     sentence = [line for line in error.splitlines() if line.startswith("ebb: ")]
     assert len(sentence) == 1, error
