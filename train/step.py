@@ -44,9 +44,7 @@ def checkpoint_blocks(model: LanguageModel) -> None:
     """
     for block in model.blocks:
         # Inside the block's hooks, which gather its weights or pass states on: only once.
-        block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-        )
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def share(
