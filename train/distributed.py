@@ -335,7 +335,11 @@ class Ranks:
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """After the last joint work."""
+        """After the last joint work; what was prepared is gone."""
+        # First of all DDP, then the group: were DDP's the last reference to it, the group's end
+        # would wait for threads of its own that wait for Python's lock, which DDP's end holds.
+        del self.trainee
+        self.accelerator.free_memory()
         self.accelerator.end_training()
 
 
