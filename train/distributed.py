@@ -1,24 +1,18 @@
-"""One run in several processes: who does what, who writes, and how they end together.
+"""One run in several processes, started by `torchrun` or `accelerate launch`: who computes what.
 
-The launcher (`torchrun`, `accelerate launch`) starts the same command several times; each process
-is a rank. Data parallel by PyTorch's DDP through accelerate, or sharded by its `fully_shard`. The
-batch of the settings is that of all ranks together, so a run is the same run on any number of them.
+Data parallel by PyTorch's DDP through accelerate, or sharded by its `fully_shard`. The batch of the
+settings is that of all ranks together, so a run is the same run on any number of them.
 """
 
-import contextlib
-import shlex
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, gather_object
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -26,33 +20,26 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data.loader import Batch
 from model.language_model import LanguageModel
-from train import checkpoint as files
 from train.config import TrainConfig
 from train.context_parallel import check_constant, pass_states
 from train.evaluate import Evaluation, evaluate
-from train.interrupt import AlreadyTold, Interrupted
 from train.step import Trainee, checkpoint_blocks, rounds, share
+from train.together import Together
 from train.trackers import check_trackers, usable_trackers
 
 LAUNCHER_ECHO = 5.0
 """Seconds within which a launcher passes on an interrupt that the terminal has sent to all."""
 
-_Made = TypeVar("_Made")
 
-
-class Ranks:
-    """The processes of a run, seen from one of them; a single one is the plain case.
+class Ranks(Together):
+    """The processes of a run, and what this one computes.
 
     Args:
         config: of the run.
-
-    Raises:
-        ValueError: if batch or context cannot be divided among them, or a setting has no effect.
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        self.accelerator = Accelerator(
+        accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),  # Apple's GPUs have no float64
             mixed_precision="no",  # --precision alone decides, not the launcher
             gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -61,11 +48,8 @@ class Ranks:
             log_with=usable_trackers(config.track) or None,
             project_dir=config.folder,
         )
-        self.count: int = self.accelerator.num_processes
-        self.rank: int = self.accelerator.process_index
-        self.is_main: bool = self.accelerator.is_main_process
-        """Whether this one writes and tells."""
-        self.device = self.accelerator.device
+        super().__init__(accelerator, config.folder)
+        self.config = config
         if config.threads is not None:  # accelerate has chosen some
             torch.set_num_threads(config.threads)
 
@@ -114,102 +98,6 @@ class Ranks:
     def stretch(self) -> int:
         """Which part of every sequence of its group it reads."""
         return self.rank % self.config.context_parallel
-
-    # Together ------------------------------------------------------------------------------------
-
-    @contextmanager
-    def told_once(self) -> Iterator[None]:
-        """One process tells what all of them know; the others raise `AlreadyTold`.
-
-        A process that is gone shows as an error of the communication in the others.
-        """
-        try:
-            yield
-        except Interrupted:
-            if self.is_main:
-                raise
-            raise AlreadyTold(130) from None
-        except (ValueError, OSError):
-            if self.is_main:
-                raise
-            raise AlreadyTold(1) from None
-        except RuntimeError as error:
-            if self.count == 1 or not _is_of_communication(error):
-                raise
-            if not self._tells():
-                raise AlreadyTold(1) from None
-            folder = shlex.quote(str(self.config.folder))
-            raise ValueError(
-                f"A process of this run has ended, so all of them stop. Go on from the last "
-                f"checkpoint, with any number of processes: ebb train --resume --out {folder}"
-            ) from error
-
-    def _tells(self) -> bool:
-        """The first process tells; where it is the one that is gone, so is its lock."""
-        if self.rank != 1:
-            return self.is_main
-        try:
-            with files.locked(self.config.folder):
-                return True
-        except ValueError:
-            return False
-
-    def on_main(self, do: Callable[[], object]) -> None:
-        """Does something in the first process; its failure is everybody's."""
-        error: Exception | None = None
-        if self.is_main:
-            try:
-                do()
-            except (ValueError, OSError) as raised:
-                error = raised
-        self._agree(error)
-
-    def in_turn(self, make: Callable[[], _Made]) -> _Made:
-        """Makes something in the first process and then in the others, which find its caches."""
-        made: list[_Made] = []
-        for is_turn in (self.is_main, not self.is_main):
-            error: Exception | None = None
-            if is_turn:
-                try:
-                    made.append(make())
-                except (ValueError, OSError) as raised:
-                    error = raised
-            self._agree(error)
-        return made[0]
-
-    def _agree(self, error: Exception | None) -> None:
-        """Goes on where no process has an error.
-
-        Raises:
-            ValueError: in the first process, with the first one's error.
-            AlreadyTold: in the others.
-        """
-        if self.count > 1:
-            texts = [text for text in gather_object([error and str(error)]) if text is not None]
-            if texts and not self.is_main:
-                raise AlreadyTold(1)
-            if texts and error is None:
-                raise ValueError(texts[0])
-        if error is not None:
-            raise error
-
-    @contextmanager
-    def locked(self, folder: Path) -> Iterator[None]:
-        """`checkpoint.locked` by the first process, for all."""
-        with contextlib.ExitStack() as stack:
-            self.on_main(lambda: stack.enter_context(files.locked(folder)))
-            yield
-
-    def mean(self, value: Tensor) -> float:
-        """Of a number that every process has."""
-        return float(self.accelerator.reduce(value.detach(), reduction="mean"))
-
-    def any(self, asked: bool) -> bool:
-        """Whether any process says so, so that all of them do the same."""
-        if self.count == 1:
-            return asked
-        flag = torch.tensor(float(asked), device=self.device)
-        return float(self.accelerator.reduce(flag, reduction="sum")) > 0
 
     # Training ------------------------------------------------------------------------------------
 
@@ -269,6 +157,7 @@ class Ranks:
         """As `train.evaluate.evaluate`, each group of processes with batches of its own."""
         if self.count == 1:
             return evaluate(model, batches, token_bytes)
+        self.trainee.eval()
         sizes = torch.from_numpy(token_bytes).to(self.device)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for batch, counts in rounds(batches, self.group, self.groups):
@@ -283,6 +172,7 @@ class Ranks:
                 tokens = mine.targets.numel()
                 found = [float(loss) * tokens, tokens, int(sizes[mine.targets].sum())]
                 sums += torch.tensor(found, dtype=torch.float64, device=self.device)
+        self.trainee.train()
         nats, tokens, num_bytes = self.accelerator.reduce(sums, reduction="sum").tolist()
         return Evaluation(nats, int(tokens), int(num_bytes))
 
@@ -330,10 +220,6 @@ class Ranks:
         alone.to_empty(device=self.device).load_state_dict(weights)
         return alone
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        self.accelerator.wait_for_everyone()
-
     def close(self) -> None:
         """After the last joint work; what was prepared is gone."""
         # First of all DDP, then the group: were DDP's the last reference to it, the group's end
@@ -341,10 +227,3 @@ class Ranks:
         del self.trainee
         self.accelerator.free_memory()
         self.accelerator.end_training()
-
-
-def _is_of_communication(error: RuntimeError) -> bool:
-    """Whether the others cannot be reached, as PyTorch's backends put it."""
-    words = ("gloo", "nccl", "connection", "broken pipe", "process group")
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in words)
