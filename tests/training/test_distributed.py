@@ -236,3 +236,9 @@ def test_checkpointed_blocks_keep_less_and_compute_the_same():
     assert torch.equal(loss, loss_again)
     assert all(map(torch.equal, gradients, gradients_again))
     assert kept_again < kept / 4
+
+
+def test_accumulation_in_one_process_is_the_whole_batch(tmp_path, flags, alone):
+    run = [*flags, "--steps", STEPS, "--accumulate", 4, "--save-every", STEPS]
+    assert ebb("train", *run, "--out", tmp_path / "run") == 0
+    assert_same_losses(tmp_path / "run", alone)
