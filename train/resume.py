@@ -19,12 +19,15 @@ class Progress:
     speeds: list[float] = field(default_factory=list)
     """Tokens/s of each logged stretch."""
     losses: list[float] = field(default_factory=list)
-    """Of the steps since the last line of metrics, as are the next two."""
+    """Of the steps since the last line of metrics, as are the next three."""
+    num_bytes: int = 0
+    """That the predicted tokens stand for."""
     norm: float = 0.0
     stretch_seconds: float = 0.0
 
-    def add(self, loss: float, norm: float, seconds: float) -> None:
-        """Counts a step."""
+    def add(self, loss: float, norm: float, seconds: float, num_bytes: int) -> None:
+        """Counts a step, and the UTF-8 bytes of the tokens that it predicted."""
+        self.num_bytes += num_bytes
         self.step += 1
         self.seconds += seconds
         self.losses.append(loss)
@@ -34,7 +37,7 @@ class Progress:
     def end_stretch(self, tokens_per_step: int) -> None:
         """Keeps its speed; the next step begins another."""
         self.speeds.append(len(self.losses) * tokens_per_step / self.stretch_seconds)
-        self.losses, self.norm, self.stretch_seconds = [], 0.0, 0.0
+        self.losses, self.norm, self.stretch_seconds, self.num_bytes = [], 0.0, 0.0, 0
 
 
 def claim_folder(config: TrainConfig, display: Display) -> files.Snapshot | None:

@@ -80,6 +80,7 @@ def test_metrics_hold_every_step_and_the_schedule(workshop, tmp_path):
         factor = rate_factor(number, steps=7, warmup=3, final_fraction=final)
         assert line["learning_rate"] == pytest.approx(3e-3 * factor)
         assert line["tokens"] == (number + 1) * 32
+        assert line["bits_per_byte"] == pytest.approx(line["loss"] / 0.6931471805599453)
         assert line["gradient_norm"] > 0
         assert line["tokens_per_second"] > 0
     validated = [line for line in lines if "validation_loss" in line]
