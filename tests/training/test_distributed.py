@@ -182,6 +182,7 @@ def test_only_a_state_of_constant_size_can_be_passed_on():
     [
         (["--shard"], "shard divides the model among processes, but there is one"),
         (["--context-parallel", "2"], "needs a multiple of 2 processes, but there are 1"),
+        (["--carry-state", "--accumulate", "2"], "carry-state works in one process"),
         (["--accumulate", "3"], "cannot be divided into 3 parts (1 processes x accumulate 3)"),
     ],
 )
