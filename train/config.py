@@ -79,6 +79,13 @@ class TrainConfig:
     """Of the weights, the order of the data and the samples."""
     threads: int | None = None
     """CPU threads; what PyTorch chooses if not given."""
+    backend: str = "auto"
+    """native (compiled kernels), torch, or auto: native where they are compiled."""
+    compile: bool = False
+    """Compile the blocks with torch.compile first."""
+    max_skipped: int = 10
+    """Steps in a row whose loss or gradient is not finite, and which are skipped for that, after
+    which training stops."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     eval_every: int | None = None
@@ -89,6 +96,8 @@ class TrainConfig:
     """Steps between samples; every validation if not given, 0 for none."""
     save_every: int | None = None
     """Steps between checkpoints; every validation if not given. The end is always saved."""
+    keep: int = 2
+    """Checkpoints to keep, the newest; with 1 there is none to go back to if it is damaged."""
     out: Path | None = None
     """Folder of the run; checkpoints/MIXER-SIZE-DATA if not given."""
     resume: bool = False
@@ -115,7 +124,9 @@ class TrainConfig:
             )
         for name in ("steps", "batch_size", "context", "log_every", "eval_tokens"):
             at_least(name, getattr(self, name), 1)
-        for name in ("accumulate", "context_parallel"):
+        if self.backend not in ("auto", "native", "torch"):
+            raise ValueError(f"backend must be auto, native or torch, but is {self.backend!r}")
+        for name in ("max_skipped", "keep", "accumulate", "context_parallel"):
             at_least(name, getattr(self, name), 1)
         for name in ("eval_every", "save_every", "threads", "ffn_dim", "vocab_size", "stream"):
             at_least(name, getattr(self, name), 1)
@@ -140,11 +151,12 @@ class TrainConfig:
     def saved(self) -> dict[str, Any] | None:
         """The settings that the run in the folder was made with; None if none was made there."""
         from train import checkpoint as files  # loads torch, which --help can do without
+        from train.snapshot import read_run
 
-        if not (self.folder / files.CONFIG).exists() or files.is_imported(self.folder):
+        if not files.holds_run(self.folder):
             return None
-        settings: dict[str, Any] = files.read_config(self.folder)["train"]
-        return settings
+        settings: dict[str, Any] = read_run(self.folder)["train"]
+        return None if files.IMPORTED in settings else settings
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; without what does not belong to the run itself."""
@@ -158,8 +170,8 @@ NOT_OF_THE_RUN = ("out", "resume", "shard", "context_parallel")
 """Settings that say where and how to start, not what to compute; a resumed run is told again."""
 
 FREE_ON_RESUME = (
-    *NOT_OF_THE_RUN,
-    *("log_every", "eval_every", "sample_every", "save_every"),
+    *(*NOT_OF_THE_RUN, "log_every", "eval_every", "sample_every", "save_every"),
+    *("keep", "max_skipped", "threads", "backend", "compile"),
     *("accumulate", "checkpoint_activations", "track"),
 )
 """Settings that a resumed run may change without becoming another run."""

@@ -51,8 +51,6 @@ class Ranks(Together):
         )
         super().__init__(accelerator, config.folder)
         self.config = config
-        if config.threads is not None:  # accelerate has chosen some
-            torch.set_num_threads(config.threads)
 
     def check(self) -> None:
         """Refuses what cannot be divided, and what has no effect.
@@ -70,6 +68,10 @@ class Ranks(Together):
         if config.carry_state and (self.count > 1 or config.accumulate > 1):
             raise ValueError(
                 "carry-state works in one process and with accumulate 1: leave one of them out"
+            )
+        if config.compile and (self.count > 1 or config.checkpoint_activations):
+            raise ValueError(
+                "compile works in one process and without checkpoint-activations: leave it out"
             )
         if self.count % stretches:
             raise ValueError(

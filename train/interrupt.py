@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
@@ -35,7 +35,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal(say: Callable[[str], None], apart: float = 0.0) -> Iterator[StopRequest]:
-    """Turns the first SIGINT or SIGTERM into a request; a second SIGINT interrupts at once.
+    """Turns the first SIGINT or SIGTERM into a request; a second one interrupts at once.
 
     Outside the main thread, where Python takes no signals, nothing is changed.
 
@@ -56,7 +56,8 @@ def stop_on_signal(say: Callable[[str], None], apart: float = 0.0) -> Iterator[S
                 return
             raise KeyboardInterrupt
         stop.requested, stop.time = True, now
-        say("Stopping after this step and saving; press Ctrl-C again to stop at once.")
+        with suppress(RuntimeError):  # Python's, if a line was just being written
+            say("Stopping after this step and saving; press Ctrl-C again to stop at once.")
 
     handled = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, handle) for number in handled}

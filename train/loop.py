@@ -8,12 +8,12 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
 
 from data.loader import Batch, StretchBatches, TrainingBatches, validation_batches
 from model.config import ModelConfig
@@ -23,19 +23,23 @@ from model.ops import OPS, native
 from model.presets import preset
 from train import checkpoint as files
 from train.carry import Carry
+from train.compiling import compile_blocks, uncompiled
 from train.config import TrainConfig
 from train.distributed import LAUNCHER_ECHO, Ranks
 from train.evaluate import Evaluation, bits_per_byte
 from train.interrupt import Interrupted, stop_on_signal
+from train.machine import Machine, choose_machine
 from train.memory import keep_freed_memory
 from train.metrics import MetricsLog
 from train.optimizer import make_optimizer, set_rate
 from train.prepare import prepare_data
 from train.progress import Display
 from train.recipes import recipe_of
-from train.resume import Progress, check_data, claim_folder
+from train.resume import Progress, check_data, claim_folder, is_applied
+from train.run_folder import RunFolder
 from train.sampling import sample_text
 from train.schedule import rate_factor
+from train.snapshot import Snapshot, whole_tokenizer
 from train.trackers import start_trackers
 
 
@@ -57,7 +61,7 @@ def train(config: TrainConfig, display: Display | None = None) -> TrainResult:
 
     Raises:
         ValueError: for settings, data or a folder that cannot be used.
-        Interrupted: after Ctrl-C, when everything is saved.
+        Interrupted: after Ctrl-C, when all is saved; after a second one, at once.
     """
     keep_freed_memory()
     ranks = Ranks(config)
@@ -65,7 +69,10 @@ def train(config: TrainConfig, display: Display | None = None) -> TrainResult:
     with ranks.told_once(), own_display as shown:
         ranks.check()
         with ranks.locked(config.folder):
-            result = _Run(config, shown, ranks).run()
+            resumed = ranks.in_turn(lambda: claim_folder(config, shown))
+            machine = ranks.in_turn(lambda: choose_machine(config, shown.say))
+            with machine.in_use():
+                result = _Run(config, shown, ranks, machine, resumed).run()
         ranks.close()
         return result
 
@@ -73,10 +80,15 @@ def train(config: TrainConfig, display: Display | None = None) -> TrainResult:
 class _Run:
     """One run: built from its settings or its newest snapshot, then stepped to the end."""
 
-    def __init__(self, config: TrainConfig, display: Display, ranks: Ranks) -> None:
-        self.config, self.display, self.folder = config, display, config.folder
-        self.ranks = ranks
-        resumed = ranks.in_turn(lambda: claim_folder(config, display))
+    def __init__(
+        self,
+        config: TrainConfig,
+        display: Display,
+        ranks: Ranks,
+        machine: Machine,
+        resumed: Snapshot | None,
+    ) -> None:
+        self.config, self.display, self.folder, self.ranks = config, display, config.folder, ranks
         self.data = ranks.in_turn(
             lambda: prepare_data(
                 config.data,
@@ -84,7 +96,7 @@ class _Run:
                 config.tokenizer,
                 config.vocab_size,
                 display,
-                fixed_tokenizer=self.folder / files.TOKENIZER if resumed else None,
+                fixed_tokenizer=whole_tokenizer(self.folder, resumed.step) if resumed else None,
                 stream=config.stream,
             )
         )
@@ -119,12 +131,26 @@ class _Run:
             self.optimizer.load_state_dict(ranks.divided(resumed.optimizer, self.optimizer))
             if self.carry is not None:
                 self.carry.restore(self.model, config.batch_size, resumed.extra)
+        self.files = RunFolder(config, self.progress)
+        if machine.compile:
+            compiles = compile_blocks(
+                self.model, self._kinds_of_batches(), display.say, must=resumed is not None
+            )
+            machine = dataclasses.replace(machine, compile=compiles)
+        if resumed is not None:
+            ranks.in_turn(lambda: self.files.go_on_from(resumed))
         ranks.wait()  # until all have read the old files
-        ranks.on_main(lambda: self._begin_files(model_config))
+        ranks.on_main(lambda: self._begin_files(model_config, machine))
         start_trackers(ranks.accelerator, config)
 
     def run(self) -> TrainResult:
         """Steps to the end, or to an interrupt."""
+        try:
+            return self._run()
+        except KeyboardInterrupt:
+            raise Interrupted(f"Stopped at once; {self.files.how_to_go_on()}") from None
+
+    def _run(self) -> TrainResult:
         config, progress = self.config, self.progress
         every = config.eval_every or max(1, config.steps // 10)
         save_every = config.save_every or every
@@ -135,30 +161,34 @@ class _Run:
             stop_on_signal(self.display.say, LAUNCHER_ECHO * (self.ranks.count > 1)) as stop,
             self.display.noted_task("Step", config.steps, progress.step) as show,
         ):
-            note = ""
+            note, is_due = "", False
             while progress.step < config.steps and not self.ranks.any(stop.requested):
                 start = time.perf_counter()
                 batch = self.batches[progress.step]
                 loss, norm = self._step(batch)
                 num_bytes = int(self.data.token_bytes[batch.targets.numpy()].sum())
-                progress.add(loss, norm, time.perf_counter() - start, num_bytes)
+                progress.add(loss, norm, config.clip, time.perf_counter() - start, num_bytes)
                 is_last = progress.step == config.steps
-                if progress.step % config.log_every == 0 or is_last:
+                is_given_up = progress.skipped_in_a_row >= config.max_skipped
+                if progress.step % config.log_every == 0 or is_last or is_given_up:
                     self._log()
+                if progress.skipped_in_a_row:
+                    look = partial(self.files.look_at_skipped, loss, norm, self.display.say)
+                    self.ranks.in_turn(look)
                 if progress.step % every == 0 or is_last:
                     validation = self._validate()
                     note = f" val {validation.bits_per_byte:.3f}"
                 if sample_every and (progress.step % sample_every == 0 or is_last):
                     self._show_sample()
-                if progress.step % save_every == 0 or is_last:
-                    self._save()
+                is_due |= progress.step % save_every == 0
+                if is_last or (is_due and not progress.skipped_in_a_row):
+                    self._save(is_good=True)
+                    is_due = False
                 show(progress.step, self._note(loss, num_bytes) + note)
             if progress.step < config.steps:
-                self._save()
-                raise Interrupted(
-                    f"Saved after step {progress.step} of {config.steps}; go on with: "
-                    f"ebb train --resume --out {shlex.quote(str(self.folder))}"
-                )
+                self._save(is_good=not progress.skipped_in_a_row)
+                done = f"Saved after step {progress.step} of {config.steps}"
+                raise Interrupted(f"{done}; {self.files.how_to_go_on()}")
         if validation is None:  # resumed when nothing was left to do
             validation = self._evaluate()
         return TrainResult(
@@ -170,7 +200,7 @@ class _Run:
         )
 
     def _step(self, batch: Batch) -> tuple[float, float]:
-        """One optimiser step; its loss and the norm of its gradient."""
+        """One step; its loss and the norm of its gradient, which is applied if both are finite."""
         factor = rate_factor(
             self.progress.step,
             steps=self.config.steps,
@@ -182,11 +212,10 @@ class _Run:
             batch, bf16=_is_bf16(self.config.precision), carry=self.carry
         )
         norm = self.ranks.clip(self.model.parameters(), self.config.clip)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._diverged("loss or its gradient", self.progress.step + 1)
-        if self.carry is not None:
-            self.carry.keep()
-        self.optimizer.step()
+        if is_applied(loss, norm):
+            if self.carry is not None:
+                self.carry.keep()
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
@@ -197,17 +226,10 @@ class _Run:
         return min(max(10, steps // 50), steps - 1)
 
     def _log(self) -> None:
-        loss, norm = statistics.fmean(self.progress.losses), self.progress.norm
-        nats = sum(self.progress.losses) * self.config.batch_size * self.config.context
-        bits = bits_per_byte(nats, self.progress.num_bytes)
-        self.progress.end_stretch(self.config.batch_size * self.config.context)
         self._write_metrics(
-            loss=loss,
-            bits_per_byte=bits,
-            gradient_norm=norm,
+            **self.progress.end_stretch(self.config.batch_size * self.config.context),
             learning_rate=self.optimizer.param_groups[0]["lr"]
             / self.optimizer.param_groups[0]["lr_scale"],
-            tokens_per_second=self.progress.speeds[-1],
         )
 
     def _note(self, loss: float, num_bytes: int) -> str:
@@ -226,20 +248,25 @@ class _Run:
 
     def _evaluate(self) -> Evaluation:
         """Loss on the validation text."""
-        return self.ranks.evaluate(self.model, self._validation_batches(), self.data.token_bytes)
+        with uncompiled():
+            return self.ranks.evaluate(
+                self.model, self._validation_batches(), self.data.token_bytes
+            )
 
     def _validate(self) -> Evaluation:
         """Loss on the validation text, written down; keeps the best weights; shows a sample."""
         result, progress = self._evaluate(), self.progress
         if not math.isfinite(result.loss):
-            raise self._diverged("validation loss", progress.step)
+            raise self.files.diverged(
+                f"The validation loss is not finite at step {progress.step:,}"
+            )
         self._write_metrics(
             validation_loss=result.loss, validation_bits_per_byte=result.bits_per_byte
         )
         if progress.best_loss is None or result.loss < progress.best_loss:
             progress.best_loss = result.loss
             best = self.ranks.whole(self.model.state_dict())
-            self.ranks.on_main(lambda: files.save_weights(self.folder / files.BEST, best))
+            self.ranks.on_main(lambda: self.files.save_best(best))
         self.display.say(
             f"step {progress.step:,}: validation {result.loss:.4f} nats/token, "
             f"{result.bits_per_byte:.4f} bits/byte"
@@ -250,16 +277,11 @@ class _Run:
         model = self.ranks.plain(self.model)
         if model is None:
             return
-        text = sample_text(
-            model, self.data.tokenizer, tokens=60, seed=self.config.seed, prompt="\n"
-        )
+        with uncompiled():
+            text = sample_text(
+                model, self.data.tokenizer, tokens=60, seed=self.config.seed, prompt="\n"
+            )
         self.display.say("  " + " ".join(text.split()), style="dim")
-
-    def _diverged(self, what: str, step: int) -> ValueError:
-        return ValueError(
-            f"The {what} is not finite at step {step}; the last checkpoint is as it was. Start "
-            "afresh with a lower --learning-rate or a longer --warmup."
-        )
 
     def _write_metrics(self, **values: float) -> None:
         step = self.progress.step
@@ -272,31 +294,21 @@ class _Run:
         self.ranks.on_main(lambda: self.metrics.append(line))
         self.ranks.accelerator.log(line, step)
 
-    def _save(self) -> None:
-        """A snapshot to resume from, and the weights as `ebb generate` reads them."""
+    def _save(self, *, is_good: bool) -> None:
+        carried = {} if self.carry is None else self.carry.tensors()
         weights = self.ranks.whole(self.model.state_dict())
         optimizer = self.ranks.whole(self.optimizer.state_dict())
-        self.ranks.on_main(lambda: self._write(weights, optimizer))
+        self.ranks.on_main(lambda: self.files.save(weights, optimizer, carried, is_good=is_good))
 
-    def _write(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-        progress = dataclasses.asdict(self.progress)
-        carried = {} if self.carry is None else self.carry.tensors()
-        files.save_snapshot(
-            self.folder, files.Snapshot(self.progress.step, weights, optimizer, progress, carried)
-        )
-        files.save_weights(self.folder / files.WEIGHTS, weights)
-
-    def _begin_files(self, model_config: ModelConfig) -> None:
-        files.save_json(
-            self.folder / files.CONFIG,
-            {
-                "model": model_config.to_dict(),
-                "train": self.config.to_dict(),
-                "data": {"name": self.data.name, "fingerprint": self.data.fingerprint},
-            },
-        )
-        files.write_atomically(self.folder / files.TOKENIZER, self.data.tokenizer.save)
+    def _begin_files(self, model_config: ModelConfig, machine: Machine) -> None:
+        self.files.write_settings(model_config, self.data, machine)
         self.metrics = MetricsLog(self.folder / files.METRICS, self.progress.step)
+
+    def _kinds_of_batches(self) -> list[Batch]:
+        """One batch without the start of a document, and one with it."""
+        batch = self.batches[0]
+        starts = torch.zeros_like(batch.inputs, dtype=torch.bool)
+        return [batch._replace(reset=None), batch._replace(reset=starts)]
 
     def _announce(self) -> None:
         config, data = self.config, self.data

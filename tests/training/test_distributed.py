@@ -15,8 +15,9 @@ from runs import PATIENCE, ebb, has_logged, metrics, only_line, wait_for, write_
 
 from data.loader import Batch
 from model.layers import MIXERS
-from train.checkpoint import load_checkpoint, load_snapshot
+from train.checkpoint import load_checkpoint
 from train.context_parallel import check_constant
+from train.snapshot import load_snapshot
 from train.step import Trainee, checkpoint_blocks, rounds, share
 
 TESTS = Path(__file__).parents[1]

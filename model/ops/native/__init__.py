@@ -12,13 +12,21 @@ from torch import Tensor
 
 from model.ops import additive, delta
 from model.ops.decay import state_dtype
-from model.ops.native.loading import is_available, library, status
+from model.ops.native.loading import is_available, library, status, switched
 from model.ops.native.scan import scan_now, scan_op, scan_with_gradient
 from model.ops.native.wkv4 import wkv4_now, wkv4_op
 from model.ops.wkv4 import WKV4State
 from model.ops.wkv4 import prepare as prepare_wkv4
 
-__all__ = ["is_available", "library", "native_additive", "native_delta", "native_wkv4", "status"]
+__all__ = [
+    "is_available",
+    "library",
+    "native_additive",
+    "native_delta",
+    "native_wkv4",
+    "status",
+    "switched",
+]
 
 
 def native_additive(
