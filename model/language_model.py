@@ -93,7 +93,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, ModelState]:
         """As `forward`, up to the head: `[B, T, D]` instead of the logits, `head(features)`.
 
-        `observe` is called with the name and the keyword arguments of each layer's op, in order.
+        `observe` is called with the name and all arguments of each layer's op, in order.
         """
         self._check(tokens, form)
         state = self.initial_state(tokens.shape[0]) if state is None else state

@@ -25,12 +25,14 @@ class Context:
     v_first: Tensor | None = None
     """`[B, T, D]`, set by the first layer: the values that RWKV-7's other layers lean towards."""
     observe: Callable[[str, dict[str, Any]], None] | None = None
-    """Called with the name of every op that runs, and its keyword arguments; changes nothing."""
+    """Called with the name of every op that runs, and all its arguments by name; changes nothing."""
 
     def run(self, op: str, *args: Any, **kwargs: Any) -> Any:
         """An op of `model.ops.OPS` in this pass's form, with this pass's resets."""
         if self.observe is not None:
-            self.observe(op, kwargs)
+            names = ("q", "k", "v")[-len(args) :]  # wkv4 has no q
+            named = dict(zip(names, args, strict=True))
+            self.observe(op, {**named, **kwargs, "reset": self.reset})
         return OPS[op].form(self.form)(*args, reset=self.reset, **kwargs)
 
 
