@@ -94,6 +94,9 @@ class TrainConfig:
     """Validation tokens, spread evenly over the text, read at each validation."""
     sample_every: int | None = None
     """Steps between samples; every validation if not given, 0 for none."""
+    instruments: str | None = None
+    """What else to look at in every validation: attention, states, decays, gradients, with commas
+    between, or all. They change nothing that is trained."""
     save_every: int | None = None
     """Steps between checkpoints; every validation if not given. The end is always saved."""
     keep: int = 2
@@ -112,6 +115,10 @@ class TrainConfig:
         from model.presets import parse_mixer  # loads torch, which the overview can do without
 
         parse_mixer(self.mixer)
+        if self.instruments is not None:
+            from train.instruments import parse_instruments
+
+            parse_instruments(self.instruments)
         if self.carry_state:
             from train.carry import check_can_carry
 
@@ -172,7 +179,7 @@ NOT_OF_THE_RUN = ("out", "resume", "shard", "context_parallel")
 FREE_ON_RESUME = (
     *(*NOT_OF_THE_RUN, "log_every", "eval_every", "sample_every", "save_every"),
     *("keep", "max_skipped", "threads", "backend", "compile"),
-    *("accumulate", "checkpoint_activations", "track"),
+    *("accumulate", "checkpoint_activations", "track", "instruments"),
 )
 """Settings that a resumed run may change without becoming another run."""
 

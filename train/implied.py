@@ -79,7 +79,8 @@ def implied_attention(observed: Observed) -> Tensor:
     if v.dim() == 4:
         unit = torch.eye(time, dtype=v.dtype, device=v.device)
         values = unit[:, None].expand(batch, time, heads, time)
-        return observed.run("parallel", v=values)[0].permute(0, 2, 1, 3)
+        o, _ = observed.run("parallel", v=values)
+        return o.permute(0, 2, 1, 3)
     matrix = v.new_empty(batch, heads, time, time)
     arguments = observed.arguments
     for row in range(batch):
@@ -93,6 +94,23 @@ def implied_attention(observed: Observed) -> Tensor:
                 reset=None if reset is None else reset[one],
             )
     return matrix
+
+
+def softmax_instead(observed: Observed) -> Observed | None:
+    """Softmax attention with the same queries, keys and scale; None for wkv4, which has no queries.
+
+    It shows what normalising alone changes. A model trained with softmax has other queries.
+    """
+    arguments = observed.arguments
+    if "q" not in arguments:
+        return None
+    heads = arguments["v"].shape[2]
+    q, k = (
+        x.repeat_interleave(heads // x.shape[2], dim=2) for x in (arguments["q"], arguments["k"])
+    )
+    same = {name: arguments.get(name) for name in ("v", "reset", "initial_state")}
+    scale = arguments.get("scale", 1.0)
+    return Observed("attention", {"q": q, "k": k, **same, "score": "softmax", "scale": scale})
 
 
 @torch.no_grad()
@@ -116,7 +134,7 @@ def smallest_divisor(observed: Observed) -> float | None:
         sums, _ = observed.run("parallel", v=ones, score=replace(score, rule=spread))
     else:
         return None
-    return sums.amin().item()
+    return float(sums.amin())
 
 
 def row_shares(matrix: Tensor) -> Tensor:

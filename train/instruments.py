@@ -129,7 +129,7 @@ def read_instruments(
     Args:
         model: switched to evaluation mode and back; nothing else of it changes, nor do random
             numbers.
-        batch: a small one, on the CPU.
+        batch: on the CPU; of a large one a small part is read.
         instruments: of `INSTRUMENTS`.
 
     Returns:
@@ -137,7 +137,7 @@ def read_instruments(
         defined is left out.
     """
     device = next(model.parameters()).device
-    inputs, targets, reset = (None if x is None else x.to(device) for x in batch)
+    inputs, targets, reset = (None if x is None else x.to(device) for x in small_part(batch))
     assert inputs is not None
     assert targets is not None
     found: dict[str, float] = {}

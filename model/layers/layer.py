@@ -25,7 +25,7 @@ class Context:
     v_first: Tensor | None = None
     """`[B, T, D]`, set by the first layer: the values that RWKV-7's other layers lean towards."""
     observe: Callable[[str, dict[str, Any]], None] | None = None
-    """Called with the name of every op that runs, and all its arguments by name; changes nothing."""
+    """Called with the name of every op that runs, and its arguments by name; changes nothing."""
 
     def run(self, op: str, *args: Any, **kwargs: Any) -> Any:
         """An op of `model.ops.OPS` in this pass's form, with this pass's resets."""

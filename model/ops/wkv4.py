@@ -130,7 +130,7 @@ def parallel_wkv4(
 def wkv4_weights(
     k: Tensor, *, log_decay: Tensor, bonus: Tensor, reset: Tensor | None = None
 ) -> Tensor:
-    """What each token takes of the values of all tokens from an empty state, float64 `[B, D, T, T]`.
+    """What each token takes of the values of all, from an empty state: float64 `[B, D, T, T]`.
 
     `o_i = sum_j weights_ij v_j` in every channel. Arguments and errors as `recurrent_wkv4`.
     """
