@@ -81,10 +81,11 @@ def implied_attention(observed: Observed) -> Tensor:
         values = unit[:, None].expand(batch, time, heads, time)
         o, _ = observed.run("parallel", v=values)
         return o.permute(0, 2, 1, 3)
-    matrix = v.new_empty(batch, heads, time, time)
+    matrix: Tensor = v.new_empty(batch, heads, time, time)
     arguments = observed.arguments
+    size = max(1, _AT_ONCE // time**2)
     for row in range(batch):
-        for first in range(0, heads, size := max(1, _AT_ONCE // time**2)):
+        for first in range(0, heads, size):
             channels, one = slice(first, first + size), slice(row, row + 1)
             reset = arguments["reset"]
             matrix[one, channels] = wkv4_weights(
@@ -139,13 +140,14 @@ def smallest_divisor(observed: Observed) -> float | None:
 
 def row_shares(matrix: Tensor) -> Tensor:
     """Each row's absolute values by their sum, `[..., T, T]`; NaN in rows that are all zero."""
-    sizes = matrix.abs()
+    sizes: Tensor = matrix.abs()
     return sizes / sizes.sum(dim=-1, keepdim=True)
 
 
 def entropies(shares: Tensor) -> Tensor:
     """Of rows of shares `[..., T, T]`, in nats, `[..., T]`: 0 for one token, log n for n alike."""
-    return -torch.special.xlogy(shares, shares).sum(dim=-1)
+    terms: Tensor = torch.special.xlogy(shares, shares)
+    return -terms.sum(dim=-1)
 
 
 def spans(shares: Tensor) -> Tensor:

@@ -133,8 +133,8 @@ def read_instruments(
         instruments: of `INSTRUMENTS`.
 
     Returns:
-        Finite numbers; what is infinite, such as the half-life of what does not decay, or not
-        defined is left out.
+        Numbers of six digits. What is infinite, such as the half-life of what does not decay, or
+        not defined is left out.
     """
     device = next(model.parameters()).device
     inputs, targets, reset = (None if x is None else x.to(device) for x in small_part(batch))
@@ -152,7 +152,8 @@ def read_instruments(
                         found[".".join(part for part in path if part)] = reading.value
         if "gradients" in instruments:
             found |= gradient_norms(model, inputs, targets, reset)
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+    finite = ((name, value) for name, value in found.items() if math.isfinite(value))
+    return {name: float(f"{value:.6g}") for name, value in finite}
 
 
 def gradient_norms(
