@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from torch import Tensor
@@ -132,7 +133,7 @@ def save_attention_plot(maps: Sequence[HeatMaps], path: Path) -> None:
     note = (
         "Each row: the shares that a token takes of the tokens up to it, by absolute weight; mean"
     )
-    save(figure, f"{note} over heads.\nEvery map has its own scale, from white (0) to dark.", path)
+    save(figure, f"{note} over heads.\nFrom white (0) to dark (1), by the root.", path)
 
 
 def save_layers_plot(history: Sequence[dict[str, Any]], now: dict[str, Any], path: Path) -> None:
@@ -148,7 +149,8 @@ def save_layers_plot(history: Sequence[dict[str, Any]], now: dict[str, Any], pat
 
 
 def _draw_heat_map(axes: Axes, matrix: Tensor, words: Sequence[str], *, with_words: bool) -> None:
-    axes.imshow(matrix.nan_to_num().numpy(), cmap="Blues", vmin=0.0, interpolation="nearest")
+    by_root = PowerNorm(0.5, vmin=0.0, vmax=1.0)  # small shares can be seen
+    axes.imshow(matrix.nan_to_num().numpy(), cmap="Blues", norm=by_root, interpolation="nearest")
     axes.set_xticks(range(len(words)), words, rotation=90, fontsize=5, parse_math=False)
     axes.set_yticks(range(len(words)), words, fontsize=5, parse_math=False)
     axes.tick_params(length=0, colors=QUIET, labelleft=with_words)
