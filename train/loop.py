@@ -19,7 +19,6 @@ from model.config import ModelConfig
 from model.language_model import LanguageModel
 from model.layers import MIXERS
 from model.ops import OPS, native
-from model.presets import preset
 from train import checkpoint as files
 from train.config import TrainConfig
 from train.evaluate import Evaluation, evaluate
@@ -34,6 +33,7 @@ from train.recipes import recipe_of
 from train.resume import Progress, check_data, claim_folder
 from train.sampling import sample_text
 from train.schedule import rate_factor
+from train.starting import final_fraction, new_model, seed_dropout
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,12 @@ class _Run:
         self._validation_batches()  # refuses a text that is too short before anything is trained
         self.accelerator = accelerator
         torch.manual_seed(config.seed)
-        model_config = preset(
-            config.size, config.mixer, self.data.tokenizer.vocab_size, ffn_dim=config.ffn_dim
-        )
-        model = LanguageModel(model_config)
+        model = new_model(config, self.data.tokenizer, is_resumed=resumed is not None)
+        model_config = model.config
         self.recipe = recipe_of(model_config.mixer)
         self.rate = config.learning_rate or self.recipe.learning_rate
         decay = self.recipe.weight_decay if config.weight_decay is None else config.weight_decay
-        optimizer = make_optimizer(model, self.recipe, self.rate, decay)
+        optimizer = make_optimizer(model, self.recipe, self.rate, decay, config.optimizer)
         self.progress = Progress()
         if resumed is not None:
             files.fill(model, resumed.weights, f"The checkpoint in {self.folder}")
@@ -167,9 +165,11 @@ class _Run:
             self.progress.step,
             steps=self.config.steps,
             warmup=self._warmup(),
-            final_fraction=self.recipe.final_fraction,
+            final_fraction=final_fraction(self.config),
+            schedule=self.config.schedule,
         )
         set_rate(self.optimizer, self.rate * factor)
+        seed_dropout(self.config, self.progress.step)
         with torch.autocast(device.type, torch.bfloat16, enabled=_is_bf16(self.config.precision)):
             loss = next_token_loss(self.model, inputs, targets, reset)
         self.accelerator.backward(loss)
@@ -304,6 +304,11 @@ def _is_bf16(precision: str) -> bool:
 
 def train_command(config: TrainConfig) -> None:
     """Runs `ebb train` and prints how it ended."""
+    if config.find_lr:
+        from train.find_rate import find_rate_command  # it needs what stands above
+
+        find_rate_command(config)
+        return
     result = train(config)
     sys.stdout.write(
         f"{result.folder}: {result.num_parameters:,} parameters, {result.tokens:,} tokens at "

@@ -12,8 +12,6 @@ from model.initialization import parameter_groups
 from model.language_model import LanguageModel
 from train.recipes import Recipe
 
-OPTIMIZERS = ("adamw", "muon")
-
 
 def make_optimizer(
     model: LanguageModel,
@@ -22,7 +20,7 @@ def make_optimizer(
     weight_decay: float,
     name: str = "adamw",
 ) -> torch.optim.Optimizer:
-    """One of `OPTIMIZERS` over the model's own parameter groups.
+    """One of `train.config.OPTIMIZERS` over the model's own parameter groups.
 
     AdamW (arXiv 1711.05101) runs in one fused pass.
     """
@@ -62,7 +60,8 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]
             a, b, c = group["ns_coefficients"]
-            assert group["nesterov"] and group["adjust_lr_fn"] == "match_rms_adamw"
+            assert group["nesterov"]
+            assert group["adjust_lr_fn"] == "match_rms_adamw"
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
@@ -84,8 +83,8 @@ def orthogonalized(
     """`U V^T` of `matrix = U S V^T`, roughly: all singular values come near 1.
 
     Newton-Schulz: each step applies `a s + b s^3 + c s^5` to every singular value s (Jordan 2024,
-    kellerjordan.github.io/posts/muon). It works in the matrix's own precision, but in at least
-    bfloat16 on a GPU as PyTorch does.
+    kellerjordan.github.io/posts/muon). On a GPU it works in bfloat16, as PyTorch does, elsewhere in
+    the precision of the matrix.
 
     Args:
         matrix: `[M, N]`, of any scale.

@@ -1,0 +1,181 @@
+"""`ebb train --find-lr`: a learning-rate range test (Smith, arXiv 1506.01186)."""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from data.loader import TrainingBatches
+from train import checkpoint as files
+from train.config import TrainConfig
+from train.loop import _is_bf16
+from train.loss import next_token_loss
+from train.memory import keep_freed_memory
+from train.optimizer import make_optimizer, set_rate
+from train.plots import DPI, GRID, INK, PALETTE, QUIET
+from train.prepare import prepare_data
+from train.progress import Display
+from train.recipes import recipe_of
+from train.starting import new_model, seed_dropout
+
+LOWEST, HIGHEST = 1e-5, 1.0
+STEPS = 150
+"""From the lowest to the highest rate, in equal factors."""
+MEMORY = 0.9
+"""Of the running mean of the loss."""
+RUINED = 1.2
+"""Times the lowest loss: where the test ends."""
+MARGIN = 3.0
+"""How far below the rate of the lowest loss a rate still holds for thousands of steps."""
+PLOT, NUMBERS = "learning-rate.png", "learning-rate.json"
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """What the loss did while the rate rose."""
+
+    rates: list[float]
+    losses: list[float]
+    """Of the batch at each rate, before its step."""
+
+    @property
+    def smoothed(self) -> list[float]:
+        """The running mean of the losses, without the bias of its start."""
+        means, mean = [], 0.0
+        for count, loss in enumerate(self.losses, 1):
+            mean = MEMORY * mean + (1 - MEMORY) * loss
+            means.append(mean / (1 - MEMORY**count))
+        return means
+
+    @property
+    def best(self) -> float:
+        """The rate where the mean is lowest."""
+        means = self.smoothed
+        return self.rates[means.index(min(means))]
+
+    @property
+    def suggestion(self) -> float:
+        """A peak rate, in two digits.
+
+        The loss turns where the rate begins to do harm within a few steps; the mean lags behind the
+        loss, and a whole run is less forgiving: hence the margin.
+        """
+        return float(f"{self.best / MARGIN:.1e}")
+
+
+def find_rate(config: TrainConfig, display: Display) -> RangeTest:
+    """Trains a model of the settings for a few steps, with a rising rate, and throws it away.
+
+    Raises:
+        ValueError: for settings or data that cannot be used.
+    """
+    keep_freed_memory()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    data = prepare_data(config.data, config.column, config.tokenizer, config.vocab_size, display)
+    batches = TrainingBatches(
+        data.train.tokens,
+        context=config.context,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        end_id=data.tokenizer.end_id,
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(config.seed)
+    model = new_model(config, data.tokenizer, is_resumed=False).to(device)
+    recipe = recipe_of(model.config.mixer)
+    decay = recipe.weight_decay if config.weight_decay is None else config.weight_decay
+    optimizer = make_optimizer(model, recipe, LOWEST, decay, config.optimizer)
+    rates: list[float] = []
+    losses: list[float] = []
+    test = RangeTest(rates, losses)
+    with display.noted_task("Raising the rate", STEPS) as show:
+        for step in range(STEPS):
+            rate = LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
+            batch = batches[step]
+            reset = None if batch.reset is None else batch.reset.to(device)
+            seed_dropout(config, step)
+            with torch.autocast(device.type, torch.bfloat16, enabled=_is_bf16(config.precision)):
+                inputs, targets = batch.inputs.to(device), batch.targets.to(device)
+                loss = next_token_loss(model, inputs, targets, reset)
+            torch.autograd.backward(loss)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            value = float(loss.detach())
+            if not (math.isfinite(value) and math.isfinite(float(norm))):
+                break
+            rates.append(rate)
+            losses.append(value)
+            show(step + 1, f"rate {rate:.1e} loss {value:.3f}")
+            if value > RUINED * min(test.smoothed):
+                break
+            set_rate(optimizer, rate)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    assert losses, "a new model has a finite loss"
+    return test
+
+
+def save_plot(test: RangeTest, title: str, path: Path) -> None:
+    """The loss against the rate, its running mean, and the suggestion."""
+    figure = Figure(figsize=(7.0, 4.6), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes: Axes = figure.subplots()
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#AAAAAA")
+    axes.tick_params(colors=QUIET, labelsize=9, length=3, color="#AAAAAA", which="both")
+    axes.plot(test.rates, test.losses, color=PALETTE[0], linewidth=0.7, alpha=0.4)
+    axes.plot(test.rates, test.smoothed, color=PALETTE[0], linewidth=2.0)
+    axes.axvline(test.suggestion, color=PALETTE[1], linewidth=1.5, linestyle="--")
+    low, high = min(test.losses), max(test.smoothed)
+    axes.set_ylim(low - 0.05 * (high - low) - 1e-6, high + 0.1 * (high - low) + 1e-6)
+    axes.annotate(
+        f" {test.suggestion:g}",
+        (test.suggestion, high),
+        color=PALETTE[1],
+        fontsize=10,
+        fontweight="bold",
+        va="center",
+    )
+    axes.set_xscale("log")
+    axes.set_xlabel("Learning rate", color=INK, fontsize=10)
+    axes.set_ylabel("Training loss (nats per token)", color=INK, fontsize=10)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=8)
+    note = (
+        "Thin: loss of each step. Thick: its running mean. "
+        f"Dashed: suggestion, {MARGIN:g} times below the mean's lowest."
+    )
+    figure.supxlabel(note, x=0.01, ha="left", fontsize=8.5, color=QUIET)
+    metadata = {"Software": None}
+    files.write_atomically(
+        path, lambda beside: figure.savefig(beside, format="png", metadata=metadata)
+    )
+
+
+def find_rate_command(config: TrainConfig) -> None:
+    """Runs `ebb train --find-lr`; the plot and its numbers stand where the run would.
+
+    Raises:
+        ValueError: for settings, data or a folder that cannot be used.
+    """
+    with Display() as display, files.locked(config.folder):
+        test = find_rate(config, display)
+        title = f"{config.mixer} {config.size}, {config.optimizer}: {test.suggestion:g}"
+        save_plot(test, title, config.folder / PLOT)
+        numbers = {
+            "rates": test.rates,
+            "losses": test.losses,
+            "best": test.best,
+            "suggestion": test.suggestion,
+        }
+        files.save_json(config.folder / NUMBERS, numbers)
+    sys.stdout.write(
+        f"The loss is lowest at a rate of {test.best:.1e}. Try --learning-rate "
+        f"{test.suggestion:g}\nPlot: {config.folder / PLOT}\n"
+    )
