@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,3 +157,18 @@ def test_checkpoint_that_is_none_is_told(tmp_path, capsys):
     assert ebb("train", "--init-from", tmp_path / "none", "--out", tmp_path / "run") == 2
     assert "There is no" in only_line(capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
+
+
+def test_page_shows_the_recipes():
+    page = (Path(__file__).parents[2] / "train" / "README.md").read_text()
+    assert table_of_budgets() in page
+
+
+def table_of_budgets():
+    names = {"rwkv": "RWKV", "transformer": "others"}
+    return "\n".join(
+        f"| `{budget}` | {names[body]} | {s['size']} | {s['context']} | {s['batch_size']} | "
+        f"{s['steps']:,} | {s['learning_rate']:g} | {s.get('dropout', 0):g} |"
+        for budget, bodies in BUDGETS.items()
+        for body, s in bodies.items()
+    )
