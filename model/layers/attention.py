@@ -18,15 +18,25 @@ from model.layers.feature_maps import monomials, num_monomials, num_taylor, tayl
 from model.layers.layer import Context, Layer, at_least_single
 from model.layers.rotary import document_positions, rotate
 from model.ops.attention import KVCache
-from model.ops.scores import SCORES, Score, entmax, polynomial, polynomial_factor
+from model.ops.scores import (
+    EPS,
+    OVER_SUM,
+    SCORES,
+    Score,
+    entmax,
+    over_sum,
+    polynomial,
+    polynomial_factor,
+)
 
 STATES = ("cache", "constant")
 
-_PARAMETERS: dict[str, tuple[str, int | float]] = {
-    "order": ("polynomial", 3),
-    "alpha": ("entmax", 1.5),
+_PARAMETERS: dict[str, tuple[Sequence[str], int | float]] = {
+    "order": (("polynomial",), 3),
+    "alpha": (("entmax",), 1.5),
+    "sum_eps": (tuple(OVER_SUM), EPS),
 }
-"""Settings of one score only, with their defaults."""
+"""Settings of some scores only, with their defaults."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,9 @@ class AttentionOptions(MixerOptions):
     """Of polynomial, 1 to 4 (3 unless it is given): `attention:polynomial:2`."""
     alpha: float | None = None
     """Of entmax, above 1, at most 2 (1.5 unless it is given): `attention:entmax:1.3`."""
+    sum_eps: float | None = None
+    """Added to the sum that square_l1, relu_l1, sigmoid_l1 and softplus_l1 divide by (1e-6 unless
+    it is given): `attention:square_l1:sum_eps=0.01`."""
     state: str = "cache"
     """`cache` keeps all keys and values, `constant` their sum in the features of square_l1, taylor
     or polynomial up to order 3: `attention:square_l1:constant`."""
@@ -57,11 +70,11 @@ class AttentionOptions(MixerOptions):
             raise ValueError(
                 f"attention knows no score {self.score!r}; choose one of {', '.join(SCORES)}"
             )
-        for name, (score, default) in _PARAMETERS.items():
-            value = getattr(self, name)
-            if self.score != score and value is not None:
-                raise ValueError(f"{name} is of the score {score}; {self.score} has none")
-            if self.score == score and value is None:
+        for name, (scores, default) in _PARAMETERS.items():
+            value, has = getattr(self, name), self.score in scores
+            if not has and value is not None:
+                raise ValueError(f"{name} is of the score {' or '.join(scores)}, not {self.score}")
+            if has and value is None:
                 object.__setattr__(self, name, default)
         rule = self.rule()  # refuses parameters out of range
         if self.state not in STATES:
@@ -83,6 +96,8 @@ class AttentionOptions(MixerOptions):
             return polynomial(self.order)
         if self.alpha is not None:
             return entmax(self.alpha)
+        if self.sum_eps is not None:
+            return over_sum(self.score, self.sum_eps)
         return SCORES[self.score]
 
     @classmethod
@@ -94,7 +109,7 @@ class AttentionOptions(MixerOptions):
         if not words or "=" in words[0]:
             return super().from_words(words)
         score, *rest = words
-        parameter = {score: name for name, (score, _) in _PARAMETERS.items()}.get(score)
+        parameter = {"polynomial": "order", "entmax": "alpha"}.get(score)
         settings = [f"score={score}"]
         for word in rest:
             if word in STATES:

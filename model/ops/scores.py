@@ -117,6 +117,29 @@ def entmax(alpha: float = 1.5) -> Score:
     )
 
 
+def over_sum(name: str, eps: float = EPS) -> Score:
+    """`f(s) / (sum f(s) + eps)`, f a row of `OVER_SUM`.
+
+    Where all scores of a row can come near zero together, as with square_l1 and relu_l1, eps is
+    what bounds the gradient: by about `1 / sqrt(eps)` and `1 / eps`.
+
+    Raises:
+        ValueError: for an eps that is not above zero.
+    """
+    if not 0 < eps < math.inf:
+        raise ValueError(f"the eps of {name} must be above 0, but is {eps}")
+    f = name.removesuffix("_l1")
+    equation = "s^2 / sum s^2" if name == "square_l1" else f"{f}(s) / sum {f}(s)"
+    return Score(
+        _over_sum(OVER_SUM[name], eps),
+        equation,
+        None,
+        normalizes=True,
+        eps=eps,
+        exact=name == "square_l1",
+    )
+
+
 def by_rows(function: Callable[[Tensor], Tensor]) -> Score:
     """The score of a function that knows nothing of masks: it gets exactly the visible scores.
 
@@ -211,22 +234,19 @@ def _softpick(scores: Tensor, visible: Tensor) -> Tensor:
     return size.masked_fill(scores < 0, 0.0) / total
 
 
+OVER_SUM: dict[str, Callable[[Tensor], Tensor]] = {
+    "square_l1": torch.square,
+    "relu_l1": torch.relu,
+    "sigmoid_l1": torch.sigmoid,
+    "softplus_l1": _softplus,
+}
+"""The f of the scores that divide by the sum of their row."""
+
 SCORES = {
     "softmax": Score(
         _softmax, "e^s / sum e^s", "arXiv 1706.03762", normalizes=True, hidden=-math.inf
     ),
-    "square_l1": Score(
-        _over_sum(torch.square, EPS), "s^2 / sum s^2", None, normalizes=True, eps=EPS, exact=True
-    ),
-    "relu_l1": Score(
-        _over_sum(torch.relu, EPS), "relu(s) / sum relu(s)", None, normalizes=True, eps=EPS
-    ),
-    "sigmoid_l1": Score(
-        _over_sum(torch.sigmoid, EPS), "sigmoid(s) / sum sigmoid(s)", None, normalizes=True, eps=EPS
-    ),
-    "softplus_l1": Score(
-        _over_sum(_softplus, EPS), "softplus(s) / sum softplus(s)", None, normalizes=True, eps=EPS
-    ),
+    **{name: over_sum(name) for name in OVER_SUM},
     "tanh": Score(_tanh, "tanh(s) / sqrt(t)", None, normalizes=False),
     "sigmoid": Score(_sigmoid, "sigmoid(s - log t)", "arXiv 2409.04431", normalizes=False),
     "relu": Score(_relu, "relu(s) / t", "arXiv 2309.08586", normalizes=False),

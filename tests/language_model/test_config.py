@@ -30,6 +30,7 @@ VALUES = {
 SCORE_NAMES = [
     *SCORES,
     *("polynomial:1", "polynomial:4", "entmax:1.3", "entmax:2", "square_l1:cache"),
+    "square_l1:constant:sum_eps=0.5",
     *("square_l1:constant", "taylor:constant", "polynomial:constant", "polynomial:2:constant"),
 ]
 """Scores with their parameters and states, as the command line names them."""
@@ -187,6 +188,7 @@ def test_parse_mixer():
         "entmax:2": AttentionOptions(score="entmax", alpha=2.0),
         "square_l1:cache": AttentionOptions(score="square_l1"),
         "square_l1:constant": AttentionOptions(score="square_l1", state="constant"),
+        "relu_l1:sum_eps=0.01": AttentionOptions(score="relu_l1", sum_eps=0.01),
     }.items():
         assert parse_mixer(f"attention:{name}") == ("attention", options)
     assert parse_mixer("rwkv7:gate_rank=64:first_value_residual") == (
@@ -220,8 +222,10 @@ def test_parse_mixer():
         ("attention:polynomial:2:3", "order is given twice"),
         ("attention:entmax:1", "alpha of entmax must be above 1 and at most 2, but is 1.0"),
         ("attention:entmax:2.5", "alpha of entmax must be above 1 and at most 2, but is 2.5"),
-        ("attention:tanh:order=2", "order is of the score polynomial; tanh has none"),
-        ("attention:polynomial:alpha=1.5", "alpha is of the score entmax; polynomial has none"),
+        ("attention:tanh:order=2", "order is of the score polynomial, not tanh"),
+        ("attention:polynomial:alpha=1.5", "alpha is of the score entmax, not polynomial"),
+        ("attention:softmax:sum_eps=0.1", "sum_eps is of the score square_l1 or relu_l1 or"),
+        ("attention:square_l1:sum_eps=0", "sum_eps must be a positive number, but is 0.0"),
         ("attention:tanh:state=none", "state must be one of cache, constant, but is 'none'"),
     ],
 )

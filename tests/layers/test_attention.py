@@ -27,7 +27,14 @@ from model.state import concatenate, num_bytes, select_rows
 
 TIME = 70
 RESETS = [(0, 0), (0, 33), (1, 5), (1, 6), (1, 64), (1, TIME - 1)]
-CONSTANT = ("square_l1", "taylor", "polynomial:1", "polynomial:2", "polynomial:3")
+CONSTANT = (
+    "square_l1",
+    "square_l1:sum_eps=0.5",
+    "taylor",
+    "polynomial:1",
+    "polynomial:2",
+    "polynomial:3",
+)
 FEATURES = {"square_l1": 36, "taylor": 45, "polynomial:1": 8, "polynomial:2": 36}
 """Of heads of 8 channels."""
 

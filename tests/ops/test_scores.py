@@ -18,6 +18,7 @@ from helpers import (
 from model.ops import FORMS, OPS
 from model.ops.attention import KVCache, chunked_attention, parallel_attention
 from model.ops.scores import SCORES, Score, by_rows, entmax, find_score, polynomial
+from model.ops.scores import over_sum as make_over_sum
 from train.verify.inputs import spread
 
 EPS = 1e-6
@@ -252,6 +253,18 @@ def test_a_function_may_be_wrapped_beforehand():
 def test_what_is_no_score_is_refused(form, score, message):
     with pytest.raises(ValueError, match=message):
         OPS["attention"].form(form)(**make_inputs("attention", Case()), score=score)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0, math.inf, math.nan])
+def test_sums_of_weights_need_an_eps_above_zero(eps):
+    with pytest.raises(ValueError, match="the eps of relu_l1 must be above 0"):
+        make_over_sum("relu_l1", eps)
+
+
+def test_an_eps_stands_beside_the_sum_of_weights():
+    s = torch.tensor([0.25, -0.5, 1.0], dtype=torch.float64)
+    found = make_over_sum("square_l1", 0.5)(s, torch.ones(3, dtype=torch.bool))
+    assert found.tolist() == pytest.approx(over_sum(lambda x: x * x, s.tolist(), 0.5), rel=1e-12)
 
 
 @pytest.mark.parametrize("order", [0, 5, 2.0, True, "2"])

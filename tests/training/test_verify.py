@@ -150,17 +150,20 @@ class Fading(Layer):
         self.output = nn.Linear(self.width, config.d_model, bias=False)
 
     def initial_state(self, batch_size):
-        return Memory(self.output.weight.new_zeros(batch_size, self.width, self.width))
+        weight = self.output.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return Memory(weight.new_zeros(batch_size, self.width, self.width, dtype=wide))
 
     def forward(self, x, state, context):
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        g = nn.functional.logsigmoid(self.decay(x))[..., 0]
+        wide = torch.promote_types(x.dtype, torch.float32)  # sums of decays need their digits
+        q, k, v = self.qkv(x).to(wide).chunk(3, dim=-1)
+        g = nn.functional.logsigmoid(self.decay(x).to(wide))[..., 0]
         if self.bug == "late":
             g = torch.cat([torch.zeros_like(g[:, :1]), g[:, :-1]], dim=1)
         matrix = state.matrix.detach() if self.bug == "detached" else state.matrix
         form = self.by_steps if context.form == "recurrent" else self.at_once
         o, matrix = form(q, k, v, g, matrix, context.reset)
-        return self.output(o), Memory(matrix.mT if self.bug == "transposed" else matrix)
+        return self.output(o.to(x.dtype)), Memory(matrix.mT if self.bug == "transposed" else matrix)
 
     @staticmethod
     def by_steps(q, k, v, g, state, reset):

@@ -6,14 +6,12 @@ then rounding noise in every form. So in float64 it is measured against 1e-4 of 
 at least, in float32 against that largest one. A gradient that is lost or wrong in float32 alone is
 as large as the others, and one that is small and wrong shows in float64.
 
-And conditioning: a head whose output is by chance near zero, in front of a norm with a small eps,
-multiplies rounding errors by 100 in all forms alike. Random models have a large eps there (options
-that end in `norm_eps`); and `train.verify.proof` asks of an error beyond the tolerance whether
-rounding the inputs once would move the definition itself as far.
+And conditioning: a number that is by chance near zero, under a norm or a sum with a small eps,
+multiplies rounding errors by 100 and more in all forms alike. Random models have a large eps there
+(options that end in `_eps`); the ops are checked with the small ones.
 """
 
 import copy
-import dataclasses
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +41,7 @@ from train.verify.situations import (
 VOCABULARY = 29
 SHAPES = ((32, 8), (64, 16), (128, 32), (256, 64))
 """Widths and head sizes to try: the smallest that a mixer accepts is taken."""
-CALM_EPS = 0.1
+CALM_EPS = 1.0
 BEFORE = 7
 """Tokens that leave the state behind from which a sequence goes on."""
 LONGEST_CHUNK = 64
@@ -51,14 +49,15 @@ LONGEST_CHUNK = 64
 
 
 def small_config(mixer: Mixer, name: str, options: Any, num_layers: int) -> ModelConfig:
-    """The smallest shape that a mixer accepts, with a large eps in its norms over heads.
+    """The smallest shape that a mixer accepts, with a large eps wherever it divides.
 
     Raises:
         ValueError: if it accepts none.
     """
     options = mixer.time_mix.Options() if options is None else options
-    norms = [f.name for f in dataclasses.fields(options) if f.name.endswith("norm_eps")]
-    options = replace(options, **dict.fromkeys(norms, CALM_EPS))
+    values = vars(options)
+    divisors = [name for name in values if name.endswith("eps") and values[name] is not None]
+    options = replace(options, **dict.fromkeys(divisors, CALM_EPS))
     for d_model, head_dim in SHAPES:
         config = ModelConfig(name, VOCABULARY, d_model, num_layers, head_dim, None, options)
         try:
@@ -130,10 +129,6 @@ class NetworkSubject:
         return {
             f"{kind}_{name}": x for name, x in kinds.items() for kind in ("final", "grad initial")
         }
-
-    def allows_for_conditioning(self) -> bool:
-        """Yes: nobody has chosen the weights so that nothing is magnified."""
-        return True
 
     def against_largest(self, dtype: torch.dtype) -> float:
         """See the head of this file."""

@@ -81,10 +81,6 @@ class OpSubject:
         """None: the state of an op is in the dtype of its inputs, from float32 on."""
         return {}
 
-    def allows_for_conditioning(self) -> bool:
-        """No: the cases are drawn so that nothing is magnified."""
-        return False
-
     @property
     def chunk_size(self) -> int:
         """C, of the chunked form; 64 where it does not say."""

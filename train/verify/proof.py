@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 from train.verify.derivatives import TOLERANCE as SLOPE_TOLERANCE
 from train.verify.derivatives import against_finite_differences
@@ -16,7 +15,6 @@ from train.verify.running import (
     Difference,
     Results,
     differences,
-    map_tensors,
     run,
     to_dtype,
 )
@@ -26,10 +24,6 @@ T = TypeVar("T")
 
 ALL_TOLERANCES = {**TOLERANCE, torch.bfloat16: 5e-2}
 """bfloat16 has two digits and a half: what is asked of it is of another kind."""
-
-
-AMPLE = 10.0
-"""Measured: an ill-conditioned layer's float32 error is up to 5 times what one rounding does."""
 
 
 SMALL = Case(time=4, batch=1, decay="weak", state=True, heads=1, key_dim=3, value_dim=5)
@@ -138,8 +132,6 @@ def _cells(
                 continue
             tolerance = situation.tolerance or ALL_TOLERANCES[dtype]
             found = _worst(subject, situation, form, dtype, expectations[coarse])
-            if tolerance < found.error < torch.inf and subject.allows_for_conditioning():
-                found = _less_conditioning(subject, situation, dtype, found, tolerance)
             yield Cell(
                 subject.name,
                 situation.check,
@@ -151,28 +143,13 @@ def _cells(
             )
 
 
-def _expected(
-    subject: Subject, situation: Situation, dtype: torch.dtype, moved: int = 0
-) -> Results:
-    """What the definition says in float64; with `moved`, of inputs off by a rounding of `dtype`.
-
-    Each number other than 0 draws other roundings.
-    """
+def _expected(subject: Subject, situation: Situation, dtype: torch.dtype) -> Results:
+    """What the definition says in float64 of inputs that `dtype` holds."""
     definition = subject.function("recurrent", torch.float64, situation.chunk_size)
     if situation.expect is not None:
         definition = situation.expect(definition)
     inputs = subject.inputs(situation.case, dtype)
     inputs = {name: to_dtype(x, torch.float64) for name, x in inputs.items()}
-    if moved:
-        generator = torch.Generator().manual_seed(moved)
-        unit = torch.finfo(dtype).eps / 2
-
-        def rounded(x: Tensor) -> Tensor:
-            if not x.is_floating_point():
-                return x
-            return x * (1 + unit * torch.randn(x.shape, generator=generator, dtype=x.dtype))
-
-        inputs = {name: map_tensors(rounded, x) for name, x in inputs.items()}
     results = run(definition, inputs, gradients=situation.gradients)
     return results if situation.compared is None else situation.compared(results)
 
@@ -185,29 +162,6 @@ def _found(subject: Subject, situation: Situation, form: str, dtype: torch.dtype
     inputs = situation.given(subject, situation.case, dtype)
     results = run(situation.change(function, recurrent), inputs, gradients=situation.gradients)
     return results if situation.compared is None else situation.compared(results)
-
-
-def _less_conditioning(
-    subject: Subject,
-    situation: Situation,
-    dtype: torch.dtype,
-    found: Difference,
-    tolerance: float,
-) -> Difference:
-    """An error relative to what rounding the inputs once does to the definition, if that is large.
-
-    No form can be nearer to the definition than its inputs are. Errors of up to `AMPLE` such
-    roundings, which a calculation of hundreds of steps makes, count as the tolerance.
-    """
-    exact = _expected(subject, situation, dtype)
-    against_largest = subject.against_largest(dtype)
-    noise = 0.0
-    for draw in (1, 2):
-        moved = _expected(subject, situation, dtype, draw)
-        all_moved = differences(moved, exact, torch.float64, against_largest=against_largest)
-        noise = max(noise, *(d.error for d in all_moved if d.tensor == found.tensor))
-    error = found.error * min(1.0, tolerance / (AMPLE * noise)) if noise else found.error
-    return found._replace(error=error)
 
 
 def _worst(

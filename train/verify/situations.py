@@ -49,9 +49,6 @@ class Subject(Protocol):
     def exceptions(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """Results that have another dtype, by name."""
 
-    def allows_for_conditioning(self) -> bool:
-        """Whether an error counts only beyond what rounding the inputs does to the definition."""
-
     def situations(self, *, full: bool) -> list["Situation"]:
         """What to check."""
 
