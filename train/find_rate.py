@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from data.loader import TrainingBatches
+from data.loader import Batch, TrainingBatches
+from model.language_model import LanguageModel
 from train import checkpoint as files
 from train.config import TrainConfig
 from train.loop import _is_bf16
@@ -97,16 +98,9 @@ def find_rate(config: TrainConfig, display: Display) -> RangeTest:
     with display.noted_task("Raising the rate", STEPS) as show:
         for step in range(STEPS):
             rate = LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
-            batch = batches[step]
-            reset = None if batch.reset is None else batch.reset.to(device)
             seed_dropout(config, step)
-            with torch.autocast(device.type, torch.bfloat16, enabled=_is_bf16(config.precision)):
-                inputs, targets = batch.inputs.to(device), batch.targets.to(device)
-                loss = next_token_loss(model, inputs, targets, reset)
-            torch.autograd.backward(loss)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            value = float(loss.detach())
-            if not (math.isfinite(value) and math.isfinite(float(norm))):
+            value, norm = _gradients(model, batches[step], config)
+            if not (math.isfinite(value) and math.isfinite(norm)):
                 break
             rates.append(rate)
             losses.append(value)
@@ -118,6 +112,18 @@ def find_rate(config: TrainConfig, display: Display) -> RangeTest:
             optimizer.zero_grad(set_to_none=True)
     assert losses, "a new model has a finite loss"
     return test
+
+
+def _gradients(model: LanguageModel, batch: Batch, config: TrainConfig) -> tuple[float, float]:
+    """Those of a batch, clipped; returns its loss and their norm."""
+    device = model.head.weight.device
+    inputs, targets = batch.inputs.to(device), batch.targets.to(device)
+    reset = None if batch.reset is None else batch.reset.to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=_is_bf16(config.precision)):
+        loss = next_token_loss(model, inputs, targets, reset)
+    torch.autograd.backward(loss)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    return float(loss.detach()), float(norm)
 
 
 def save_plot(test: RangeTest, title: str, path: Path) -> None:
