@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from model_helpers import random_tokens, small_config
+from model_helpers import random_model, random_tokens, small_config
 from runs import TINY, ebb
 
 from model.language_model import LanguageModel
@@ -132,7 +132,7 @@ def test_run_with_muon_and_dropout_resumes_to_the_same_bytes(workshop, tmp_path)
 
 
 def test_dropout_is_for_training_only_and_keeps_the_mean():
-    model = LanguageModel(small_config("attention"))
+    model = random_model(small_config("attention"), dtype=torch.float32)
     tokens = random_tokens(1, 8)
     plain = model(tokens).logits
     model.set_dropout(0.5)
