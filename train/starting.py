@@ -85,7 +85,7 @@ def seed_dropout(config: TrainConfig, step: int) -> None:
     Without dropout nothing is drawn in a step, and nothing is seeded.
     """
     if config.dropout:
-        torch.manual_seed(config.seed * 2**32 + step + 1)
+        torch.manual_seed((config.seed * 2**32 + step + 1) % 2**63)
 
 
 def _of_checkpoint(folder: Path) -> dict[str, Any]:
