@@ -124,6 +124,30 @@ def sequential_stretches(tokens: TokenArray, *, context: int, end_id: int) -> It
     )
 
 
+def window_stretches(
+    tokens: TokenArray,
+    starts: npt.NDArray[np.int64],
+    *,
+    length: int,
+    stretch: int,
+    end_id: int,
+) -> Iterator[Batch]:
+    """Long windows side by side, a stretch at a time: the state is carried to the next stretch.
+
+    Args:
+        tokens: 1-D.
+        starts: Where each window begins; there must be ``length + 1`` tokens from there on.
+        length: Tokens in a window.
+        stretch: Tokens of each window in a batch; the last batch may have fewer.
+        end_id: The token that ends a document.
+    """
+    assert starts.max() + length < tokens.size, "a window reaches beyond the text"
+    return (
+        _windows(tokens, starts + done, min(stretch, length - done), end_id)
+        for done in range(0, length, stretch)
+    )
+
+
 def _windows(tokens: TokenArray, starts: npt.NDArray[np.int64], length: int, end_id: int) -> Batch:
     """Cut ``length`` tokens and the one after at each start."""
     # One token more at the front tells whether the first one starts a document.

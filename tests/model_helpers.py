@@ -13,6 +13,7 @@ from model.layers import MIXERS
 from model.state import ModelState, tensors
 
 ALL_MIXERS = sorted(MIXERS)
+RECURRENT = [mixer for mixer in ALL_MIXERS if MIXERS[mixer].op != "attention"]
 FORMS = ("parallel", "chunked", "recurrent")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 VOCAB = 29

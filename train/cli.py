@@ -40,8 +40,8 @@ COMMANDS = {
         "write text with a trained model", "train.generate", "GenerateConfig", "generate"
     ),
     "eval": Command(
-        "loss, perplexity and bits per byte of a model on a text",
-        "train.evaluate",
+        "loss of a model on a text, and what a longer context is worth",
+        "train.eval_command",
         "EvalConfig",
         "evaluate_checkpoint",
     ),

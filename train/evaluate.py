@@ -1,27 +1,26 @@
 """How well a model predicts a text: nats per token, perplexity, bits per byte."""
 
-import json
 import math
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-import tyro
+from torch import Tensor
 
-from data.corpora import load_corpus
-from data.loader import Batch, sequential_stretches
-from data.packing import default_cache_dir, pack
-from model.decode import check_weights, with_rounded_weights
+from data.errors import DataError
+from data.loader import Batch, window_stretches
+from data.packing import TokenArray
 from model.language_model import LanguageModel
-from train.checkpoint import load_checkpoint
-from train.config import at_least
-from train.progress import Display
+
+STRETCH = 256
+"""Tokens of a text in a forward pass where nothing else is asked for."""
+
+_CACHED_TOKENS = 8192
+_LOGITS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,6 @@ class Evaluation:
         return self.nats / math.log(2) / max(self.bytes, 1)
 
 
-@torch.no_grad()
 def evaluate(
     model: LanguageModel,
     batches: Iterable[Batch],
@@ -68,129 +66,113 @@ def evaluate(
         carry_state: go on from one batch to the next, as through one long text.
         progress: called with the number of tokens read so far.
     """
-    was_training, device = model.training, next(model.parameters()).device
+    sizes = torch.from_numpy(token_bytes)
+    nats, tokens, num_bytes = 0.0, 0, 0
+    with evaluating(model):
+        for batch, losses in token_losses(model, batches, carry_state=carry_state):
+            nats += losses.sum(dtype=torch.float64).item()
+            tokens += losses.numel()
+            num_bytes += int(sizes[batch.targets].sum())
+            if progress is not None:
+                progress(tokens)
+    return Evaluation(nats, tokens, num_bytes)
+
+
+def evaluate_windows(
+    model: LanguageModel,
+    tokens: TokenArray,
+    token_bytes: npt.NDArray[np.int32],
+    *,
+    context: int,
+    end_id: int,
+    stretch: int = STRETCH,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """The loss in windows one after the other, each read from a fresh state, as papers report it.
+
+    Args:
+        model: switched to evaluation mode and back.
+        tokens: 1-D; less than one window at the end is left out.
+        token_bytes: `[vocab_size]`, the UTF-8 bytes that each token stands for.
+        context: tokens in a window.
+        end_id: the token that ends a document.
+        stretch: tokens of a window in a forward pass; bounds the memory, and changes nothing else.
+        progress: called with the number of tokens read so far.
+
+    Raises:
+        DataError: there are fewer tokens than one window and its last target.
+    """
+    parts: list[Evaluation] = []
+    for starts in window_starts(tokens, context, model.config.vocab_size, stretch):
+        batches = window_stretches(tokens, starts, length=context, stretch=stretch, end_id=end_id)
+        parts.append(evaluate(model, batches, token_bytes, carry_state=True))
+        if progress is not None:
+            progress(sum(part.tokens for part in parts))
+    return Evaluation(
+        math.fsum(part.nats for part in parts),
+        sum(part.tokens for part in parts),
+        sum(part.bytes for part in parts),
+    )
+
+
+def window_starts(
+    tokens: TokenArray, length: int, vocab_size: int, stretch: int
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Where windows without overlap begin, in groups to be read side by side.
+
+    A group is as large as the memory of a pass allows: so many tokens in a KV cache at most, and so
+    many logits. A single window may need more.
+
+    Raises:
+        DataError: at the call: there are fewer tokens than one window and its last target.
+    """
+    check_window(tokens.size, length)
+    count = (tokens.size - 1) // length
+    at_once = min(_CACHED_TOKENS // length, _LOGITS // (vocab_size * min(stretch, length)))
+    starts = np.arange(count, dtype=np.int64) * length
+    rows = max(1, at_once)
+    return (starts[first : first + rows] for first in range(0, count, rows))
+
+
+def check_window(num_tokens: int, length: int) -> None:
+    """Refuses a text that does not hold one window.
+
+    Raises:
+        DataError: there are fewer tokens than one window and its last target.
+    """
+    if num_tokens <= length:
+        raise DataError(
+            f"The text has {num_tokens:,} tokens, fewer than one window of {length:,} and the "
+            "token after it: give a longer text or shorter windows."
+        )
+
+
+@contextmanager
+def evaluating(model: LanguageModel) -> Iterator[None]:
+    """Evaluation mode, and back to what it was."""
+    was_training = model.training
     model.eval()
-    sizes = torch.from_numpy(token_bytes).to(device)
-    nats, tokens, num_bytes, state = 0.0, 0, 0, None
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def token_losses(
+    model: LanguageModel, batches: Iterable[Batch], *, carry_state: bool
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Each batch with `-ln p` of each of its targets, float32 `[B, T]` on the CPU.
+
+    Args:
+        model: in evaluation mode.
+        batches: on the CPU.
+        carry_state: go on from one batch to the next; a fresh state for each if not.
+    """
+    device, state = next(model.parameters()).device, None
     for batch in batches:
         inputs, targets = batch.inputs.to(device), batch.targets.to(device)
         reset = None if batch.reset is None else batch.reset.to(device)
         logits, state = model(inputs, state if carry_state else None, "chunked", reset)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        nats += losses.sum(dtype=torch.float64).item()
-        tokens += targets.numel()
-        num_bytes += int(sizes[targets].sum())
-        if progress is not None:
-            progress(tokens)
-    model.train(was_training)
-    return Evaluation(nats, tokens, num_bytes)
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Loss, perplexity and bits per byte of a checkpoint on a text.
-
-    The text is read from beginning to end with the state carried through, so that every token is
-    predicted from all that stands before it in its document.
-    """
-
-    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """Folder of a run, such as checkpoints/rwkv7-micro-sotu."""
-    data: str | None = None
-    """As in `ebb train`; the data it was trained on if not given."""
-    column: str | None = None
-    """Column or key that holds the text; as in training if not given."""
-    split: str = "validation"
-    """validation, train, or all."""
-    stretch: int = 256
-    """Tokens a forward pass; the result does not depend on it but for rounding."""
-    max_tokens: int | None = None
-    """Read so many at most, the first of which is not predicted; the whole text if not given."""
-    weights: str = "fp32"
-    """What the matrices are rounded to: fp32, bf16, int8 or int4, as `ebb generate --weights` keeps
-    them. The text is read twice then, to say what the rounding costs."""
-    best: bool = False
-    """The weights with the lowest validation loss instead of the last."""
-    threads: int | None = None
-    """CPU threads; what PyTorch chooses if not given."""
-    json: bool = False
-    """Print one JSON object instead of lines."""
-
-    def __post_init__(self) -> None:
-        """Refuses what cannot be done.
-
-        Raises:
-            ValueError: naming the setting.
-        """
-        if self.split not in ("validation", "train", "all"):
-            raise ValueError(f"split must be validation, train or all, but is {self.split!r}")
-        for name in ("stretch", "threads"):
-            at_least(name, getattr(self, name), 1)
-        at_least("max_tokens", self.max_tokens, 2)
-        check_weights(self.weights)
-
-
-def evaluate_checkpoint(config: EvalConfig) -> None:
-    """Runs `ebb eval`.
-
-    Raises:
-        ValueError: for a checkpoint or data that cannot be read.
-    """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    checkpoint = load_checkpoint(config.checkpoint, best=config.best)
-    trained = checkpoint.config["train"]
-    if config.data is None and "data" not in trained:
-        raise ValueError(f"{config.checkpoint} does not say what it was trained on: give --data")
-    corpus = load_corpus(
-        config.data or trained["data"],
-        column=config.column or ("text" if config.data else trained.get("column", "text")),
-    )
-    with Display() as display:
-        with display.task("Tokenising", corpus.num_bytes) as advance:
-            packed = pack(corpus, checkpoint.tokenizer, default_cache_dir(), advance)
-        sides = {"train": packed[:1], "validation": packed[1:], "all": packed}[config.split]
-        tokens = np.concatenate([side.tokens for side in sides])[: config.max_tokens]
-
-        def read(name: str, model: LanguageModel) -> Evaluation:
-            with display.task(name, tokens.size) as advance:
-                return evaluate(
-                    model,
-                    sequential_stretches(
-                        tokens, context=config.stretch, end_id=checkpoint.tokenizer.end_id
-                    ),
-                    checkpoint.tokenizer.token_bytes(),
-                    carry_state=True,
-                    progress=advance,
-                )
-
-        result = exact = read("Evaluating", checkpoint.model)
-        if config.weights != "fp32":
-            rounded = with_rounded_weights(checkpoint.model, config.weights)
-            result = read(f"Evaluating {config.weights}", rounded)
-    report = {
-        "loss": result.loss,
-        "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte,
-        "tokens": result.tokens,
-        "bytes": result.bytes,
-        "data": corpus.name,
-        "split": config.split,
-        "weights": config.weights,
-        "perplexity_fp32": exact.perplexity,
-    }
-    cost = ""
-    if config.weights != "fp32":
-        more = 100 * math.expm1(result.loss - exact.loss)
-        cost = (
-            f", {more:+.3f} % against {exact.perplexity:.2f} without rounding to {config.weights}"
-        )
-    if config.json:
-        sys.stdout.write(json.dumps(report) + "\n")
-    else:
-        sys.stdout.write(
-            f"{corpus.name} ({config.split}): {result.tokens:,} tokens, {result.bytes:,} bytes\n"
-            f"loss           {result.loss:.4f} nats per token\n"
-            f"perplexity     {result.perplexity:.2f} per token{cost}\n"
-            f"bits per byte  {result.bits_per_byte:.4f}\n"
-        )
+        yield batch, losses.view(targets.shape).cpu()

@@ -1,54 +1,42 @@
-"""The two figures of a comparison. Drawn without pyplot: no global state, no window, no dates."""
+"""The two figures of a comparison."""
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import cycle, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from train.checkpoint import write_atomically
+from train.figure import context_axis, panels, save, say_empty, set_title, styles, ticks
 from train.findings import equal_time, growing, leaders, overlap
 from train.readable import listed, readable_bytes, readable_count, readable_seconds, short_context
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
-"""Okabe and Ito's colours, which colour-blind people can tell apart; the yellow is too pale."""
-
-DASHES = ("-", "--", ":")
-"""Once all colours are taken they come again, dashed."""
-
-DPI = 200
 LONGEST_TITLE = 51
 TRAINING = {"linewidth": 0.7, "alpha": 0.3, "zorder": 2}
-INK, QUIET, GRID = "#222222", "#5F5F5F", "#E4E4E4"
 SKIPPED_START = 0.1
 """The part of training that does not set the range of the loss axis: the first fall is steep."""
 
 
 def save_loss_plot(results: dict[str, Any], path: Path) -> None:
     """Validation loss against tokens and against time, training loss pale behind it."""
-    figure, (by_tokens, by_time) = _figure(results)
+    figure, (by_tokens, by_time) = panels([model["mixer"] for model in results["models"]])
     models = results["models"]
     time_name, time_unit = _time_unit(models)
     _draw_losses(by_tokens, models, "tokens", 1.0)
     _draw_losses(by_time, models, "seconds", time_unit)
     by_tokens.set_xlabel("Training tokens")
-    by_tokens.xaxis.set_major_formatter(_ticks(_count_text))
+    by_tokens.xaxis.set_major_formatter(ticks(_count_text))
     by_time.set_xlabel(f"Training time ({time_name})")
     by_tokens.set_ylabel("Loss (nats per token)")
     left, right = _loss_titles(results)
-    _title(by_tokens, left)
-    _title(by_time, right)
+    set_title(by_tokens, left)
+    set_title(by_time, right)
     has_training = any(run["curve"] for model in models for run in model["runs"])
     note = "Thick: validation loss. Thin: training loss." if has_training else "Validation loss."
     if any(len(model["runs"]) > 1 for model in models):
         note += " One line for each seed; training loss of the first."
-    _save(figure, note, path)
+    save(figure, note, path)
 
 
 def save_generation_plot(results: dict[str, Any], path: Path) -> None:
@@ -76,9 +64,9 @@ class Labels(NamedTuple):
 
 def save_growth_plot(models: list[dict[str, Any]], labels: Labels, path: Path) -> None:
     """`generation` of each model: points of `ms_per_token` and `state_bytes` at each `context`."""
-    figure, (time, memory) = _figure({"models": models})
+    figure, (time, memory) = panels([model["mixer"] for model in models])
     contexts = sorted({point["context"] for model in models for point in model["generation"]})
-    for model, style in zip(models, _styles(), strict=False):
+    for model, style in zip(models, styles(), strict=False):
         points = sorted(model["generation"], key=lambda point: int(point["context"]))
         x = [point["context"] for point in points]
         low, high = ([point[key] for point in points] for key in ("low", "high"))
@@ -89,66 +77,20 @@ def save_growth_plot(models: list[dict[str, Any]], labels: Labels, path: Path) -
     _log_axis(time, _values(models, ("ms_per_token", "low", "high")), "{:,g}".format)
     _log_axis(memory, _values(models, ("state_bytes",)), _bytes_text)
     for axes in (time, memory):
-        _context_axis(axes, contexts)
+        context_axis(axes, contexts)
         axes.set_xlabel(labels.x)
     time.set_ylabel(labels.time)
     memory.set_ylabel(labels.memory)
-    _title(time, labels.time_title)
-    _title(memory, labels.memory_title)
-    _save(
+    set_title(time, labels.time_title)
+    set_title(memory, labels.memory_title)
+    save(
         figure, "Points: medians. Bands: the middle half of the measurements. Both axes log.", path
     )
 
 
-def _figure(results: dict[str, Any]) -> tuple[Figure, tuple[Axes, Axes]]:
-    """Two panels under one legend: a fixed colour for each mixer, by its place in the results."""
-    figure = Figure(figsize=(10.5, 4.6), dpi=DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for axes in (left, right):
-        axes.grid(color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            axes.spines[side].set_color("#AAAAAA")
-        axes.tick_params(colors=QUIET, labelsize=9, length=3, color="#AAAAAA", which="both")
-        axes.xaxis.label.set(color=INK, fontsize=10)
-        axes.yaxis.label.set(color=INK, fontsize=10)
-    mixers = [model["mixer"] for model in results["models"]]
-    styles = zip(mixers, _styles(), strict=False)
-    handles = [Line2D([], [], linewidth=2.5, **style) for _, style in styles]
-    figure.legend(
-        handles,
-        mixers,
-        loc="outside upper left",
-        ncols=min(len(mixers), 6),
-        frameon=False,
-        fontsize=10,
-        labelcolor=INK,
-        handlelength=2.2,
-    )
-    return figure, (left, right)
-
-
-def _styles() -> "cycle[dict[str, Any]]":
-    return cycle({"color": color, "linestyle": dash} for dash, color in product(DASHES, PALETTE))
-
-
-def _title(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize=11, fontweight="bold", color=INK, pad=8)
-
-
-def _save(figure: Figure, note: str, path: Path) -> None:
-    """The same results give the same bytes: no date, and no version of matplotlib."""
-    figure.supxlabel(note, x=0.01, ha="left", fontsize=8.5, color=QUIET)
-    metadata = {"Software": None}
-    write_atomically(path, lambda beside: figure.savefig(beside, format="png", metadata=metadata))
-
-
 def _draw_losses(axes: Axes, models: list[dict[str, Any]], x: str, unit: float) -> None:
     shown: list[float] = []
-    for model, style in zip(models, _styles(), strict=False):
+    for model, style in zip(models, styles(), strict=False):
         thick = 2.0 if len(model["runs"]) == 1 else 1.3
         for number, run in enumerate(model["runs"]):
             if number == 0:
@@ -157,7 +99,7 @@ def _draw_losses(axes: Axes, models: list[dict[str, Any]], x: str, unit: float) 
             validation = style | {"linewidth": thick, "zorder": 3}
             shown += _draw_curve(axes, run["validation_curve"], x, unit, validation)
     if not shown:
-        _say_empty(axes, "no loss was recorded")
+        say_empty(axes, "no loss was recorded")
         return
     low, high = min(shown), max(shown)
     pad = max(0.05 * (high - low), 0.01 * abs(low), 1e-6)
@@ -177,16 +119,6 @@ def _draw_curve(
     losses = [float(point["loss"]) for point in points]
     axes.plot(at, losses, **style, **mark)
     return sorted(y for y, t in zip(losses, at, strict=True) if t >= SKIPPED_START * at[-1])
-
-
-def _say_empty(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=QUIET)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def _ticks(text: Callable[[float], str]) -> FuncFormatter:
-    return FuncFormatter(lambda value, _: text(value))
 
 
 def _time_unit(models: list[dict[str, Any]]) -> tuple[str, float]:
@@ -226,7 +158,7 @@ def _values(models: list[dict[str, Any]], keys: Sequence[str]) -> list[float]:
 def _log_axis(axes: Axes, values: list[float], text: Callable[[float], str]) -> None:
     """A log axis with ticks that can be read, and at least a factor of four from end to end."""
     if not values:
-        _say_empty(axes, "nothing was measured")
+        say_empty(axes, "nothing was measured")
         return
     low, high = min(values) / 1.25, max(values) * 1.25
     widen = max(1.0, math.sqrt(4 * low / high))
@@ -236,19 +168,7 @@ def _log_axis(axes: Axes, values: list[float], text: Callable[[float], str]) -> 
     subs = (1.0,) if high / low > 500 else (1.0, 3.0) if high / low > 30 else (1.0, 2.0, 5.0)
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(_ticks(text))
-
-
-def _context_axis(axes: Axes, contexts: list[int]) -> None:
-    """Ticks where something was measured, the largest context always, eight at most."""
-    if not contexts:
-        return
-    axes.set_xscale("log")
-    axes.set_xlim(contexts[0] / 1.25, contexts[-1] * 1.25)
-    every = math.ceil(len(contexts) / 8)
-    axes.xaxis.set_major_locator(FixedLocator(contexts[::-1][::every]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(_ticks(short_context))
+    axes.yaxis.set_major_formatter(ticks(text))
 
 
 def _count_text(count: float) -> str:

@@ -36,7 +36,7 @@ def test_flags_that_people_rely_on(capsys):
         "train": "mixer size data tokenizer steps batch-size context seed threads out resume",
         "generate": "prompt tokens seed temperature",
         "compare": "mixers size data budget seeds out",
-        "eval": "data json",
+        "eval": "data json context extrapolate plot",
         "convert": "tokenizer group-norm-eps",
         "info": "json",
         "verify": "mixers quick full json",
@@ -125,6 +125,14 @@ def test_overview_answers_without_loading_torch():
         (["eval", "x", "--stretch", "0"], "stretch must be at least 1, but is 0"),
         (["eval", "x", "--max-tokens", "1"], "max-tokens must be at least 2, but is 1"),
         (["eval", "x", "--threads", "0"], "threads must be at least 1, but is 0"),
+        (["eval", "x", "--context", "0"], "context must be at least 1, but is 0"),
+        (["eval", "x", "--extrapolate", "1"], "extrapolate must be 2, 4, 8, 16, 32, ..., but is 1"),
+        (["eval", "x", "--extrapolate", "12"], "extrapolate must be 2, 4, 8, 16, 32, ..., but is "),
+        (["eval", "x", "--plot", "p.png"], "plot is what --extrapolate draws: add --extrapolate "),
+        (
+            ["eval", "x", "--extrapolate", "2", "--plot", "p.pdf"],
+            "plot must be the name of a .png, but is 'p.pdf'",
+        ),
         (
             ["verify", "--mixers", "gla,mamba9"],
             "there is no mixer 'mamba9'; choose one of attention",

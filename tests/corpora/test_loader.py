@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.loader import TrainingBatches, sequential_stretches, validation_batches
+from data.loader import TrainingBatches, sequential_stretches, validation_batches, window_stretches
 
 END = 60_000
 
@@ -133,6 +133,16 @@ def test_stretches_cover_everything_in_order(length, context):
     assert inputs.tolist() == [list(range(length - 1))]
     assert torch.equal(torch.cat([stretch.targets for stretch in stretches], dim=1), inputs + 1)
     assert {stretch.inputs.shape[1] for stretch in stretches[:-1]} <= {context}
+
+
+@pytest.mark.parametrize("stretch", [1, 4, 9, 50])
+def test_windows_are_cut_into_stretches(stretch):
+    starts = np.array([0, 20, 7])
+    batches = [*window_stretches(numbered(30), starts, length=9, stretch=stretch, end_id=END)]
+    assert max(batch.inputs.shape[1] for batch in batches) == min(stretch, 9)
+    inputs = torch.cat([batch.inputs for batch in batches], dim=1)
+    assert inputs.tolist() == [[*range(start, start + 9)] for start in starts]
+    assert torch.equal(torch.cat([batch.targets for batch in batches], dim=1), inputs + 1)
 
 
 def test_memory_map_is_read_without_a_warning_and_not_written(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from model_helpers import FORMS, random_model, random_tokens, small_config
+from peer_helpers import expect_every_weight_to_show, expect_logits, expect_steps
 
 VOCAB, TIME = 300, 100
 NAMES = {
@@ -58,38 +59,19 @@ def pair(request):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@torch.no_grad()
 def test_logits_agree(pair, form):
     model, peer = pair
-    tokens = random_tokens(2, TIME, vocab=VOCAB)
-    expected = peer(input_ids=tokens).logits
-    logits = model(tokens, form=form).logits
-    assert logits.std() > 0.5
-    assert (logits - expected).abs().max() < 1e-4
+    expect_logits(model, peer, random_tokens(2, TIME, vocab=VOCAB), form)
 
 
-@torch.no_grad()
 def test_logits_agree_step_by_step_with_a_cache(pair):
     model, peer = pair
     tokens = random_tokens(2, TIME, seed=1, vocab=VOCAB)
-    theirs = peer(input_ids=tokens[:, :90], use_cache=True)
-    logits, state = model(tokens[:, :90])
-    assert (logits - theirs.logits).abs().max() < 1e-4
-    for t in range(90, TIME):
-        token = tokens[:, t : t + 1]
-        theirs = peer(input_ids=token, cache=theirs.past_key_values, use_cache=True)
-        logits, state = model(token, state, form="recurrent")
-        assert (logits - theirs.logits).abs().max() < 1e-4
+    expect_steps(model, peer, tokens, 90, lambda output: {"cache": output.past_key_values})
 
 
 @torch.no_grad()
 def test_the_comparison_would_see_every_weight(pair):
     model, peer = pair
     tokens = random_tokens(1, TIME, vocab=VOCAB)
-    expected = peer(input_ids=tokens).logits
-    for name, parameter in model.named_parameters():
-        kept = parameter.clone()
-        parameter.add_(0.05 * torch.randn_like(parameter))
-        logits = model(tokens).logits
-        parameter.copy_(kept)
-        assert (logits - expected).abs().max() > 1e-3, name
+    expect_every_weight_to_show(model, peer(input_ids=tokens).logits, tokens)

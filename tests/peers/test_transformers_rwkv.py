@@ -3,6 +3,7 @@
 import pytest
 import torch
 from model_helpers import FORMS, assert_close, random_model, random_tokens
+from peer_helpers import expect_every_weight_to_show, expect_logits, expect_steps
 
 from model.config import ModelConfig
 from model.pretrained import to_official
@@ -48,32 +49,21 @@ def pair(request):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@torch.no_grad()
 def test_logits_agree(pair, form):
     model, peer = pair
-    tokens = random_tokens(2, TIME, vocab=VOCAB)
-    expected = peer(input_ids=tokens).logits
-    logits = model(tokens, form=form).logits
-    assert logits.std() > 0.5
-    assert (logits - expected).abs().max() < 1e-4
+    expect_logits(model, peer, random_tokens(2, TIME, vocab=VOCAB), form)
 
 
-@torch.no_grad()
 def test_logits_and_state_agree_step_by_step(pair):
     """Their state: token before in channel and time mix, numerator, denominator, largest logit."""
     model, peer = pair
     tokens = random_tokens(1, TIME, seed=1, vocab=VOCAB)  # their step mixes up the rows of a batch
-    theirs = peer(input_ids=tokens[:, :PREFILL], use_cache=True)
-    logits, state = model(tokens[:, :PREFILL])
-    assert (logits - theirs.logits).abs().max() < 1e-4
-    for t in range(PREFILL, TIME):
-        token = tokens[:, t : t + 1]
-        theirs = peer(input_ids=token, state=theirs.state, use_cache=True)
-        logits, state = model(token, state, form="recurrent")
-        assert (logits - theirs.logits).abs().max() < 1e-4
+    state, theirs = expect_steps(
+        model, peer, tokens, PREFILL, lambda output: {"state": output.state}
+    )
     for layer, block in enumerate(state):
         own = (block.channel.shift, block.time.shift, *block.time.mean)
-        for found, expected in zip(own, theirs.state, strict=True):
+        for found, expected in zip(own, theirs["state"], strict=True):
             assert_close(found, expected[:, :, layer], 1e-4)
 
 
@@ -81,10 +71,4 @@ def test_logits_and_state_agree_step_by_step(pair):
 def test_the_comparison_would_see_every_weight(pair):
     model, peer = pair
     tokens = random_tokens(1, TIME, vocab=VOCAB)
-    expected = peer(input_ids=tokens).logits
-    for name, parameter in model.named_parameters():
-        kept = parameter.clone()
-        parameter.add_(0.05 * torch.randn_like(parameter))
-        logits = model(tokens).logits
-        parameter.copy_(kept)
-        assert (logits - expected).abs().max() > 1e-3, name
+    expect_every_weight_to_show(model, peer(input_ids=tokens).logits, tokens)

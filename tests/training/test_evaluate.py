@@ -9,8 +9,9 @@ import torch
 from model_helpers import ALL_MIXERS, VOCAB, random_model, random_tokens, small_config
 from runs import ebb
 
+from data.errors import DataError
 from data.loader import Batch, sequential_stretches, validation_batches
-from train.evaluate import Evaluation, evaluate
+from train.evaluate import Evaluation, evaluate, evaluate_windows
 
 END = 3
 SIZES = np.arange(VOCAB, dtype=np.int32) % 4  # bytes of each token; the end token stands for 3
@@ -147,10 +148,55 @@ def test_eval_prints_lines_for_people(reference, capsys):
     assert ebb("eval", reference) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"text.txt (validation): {found['tokens']:,} tokens, {found['bytes']:,} bytes",
-        f"loss           {found['loss']:.4f} nats per token",
+        f"loss           {found['loss']:.4f} nats per token, with the state carried through",
         f"perplexity     {found['perplexity']:.2f} per token",
         f"bits per byte  {found['bits_per_byte']:.4f}",
+        f"windowed loss  {found['windowed']['loss']:.4f} nats per token, "
+        f"{found['windowed']['bits_per_byte']:.4f} bits per byte, in windows of 16 with a fresh "
+        "state each",
     ]
+
+
+def test_eval_reports_the_windowed_loss_beside_the_carried_one(reference, capsys):
+    found = report(capsys, reference)
+    windowed = found["windowed"]
+    assert windowed["context"] == 16, "that of training"
+    assert windowed["tokens"] == found["tokens"] // 16 * 16
+    assert windowed["loss"] != found["loss"]
+    one = report(capsys, reference, "--context", "1")["windowed"]
+    assert (one["context"], one["tokens"]) == (1, found["tokens"])
+    assert one["loss"] > windowed["loss"] + 0.1, "a letter alone tells less than sixteen"
+
+
+def test_eval_of_a_text_shorter_than_a_window(reference, capsys):
+    assert report(capsys, reference, "--max-tokens", "16")["windowed"] is None
+    assert report(capsys, reference, "--max-tokens", "17")["windowed"]["tokens"] == 16
+    assert ebb("eval", reference, "--max-tokens", "16") == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == "windowed loss  none: the text is shorter than 16 tokens and the one after"
+
+
+@pytest.mark.parametrize("mixer", ["rwkv7", "attention"])
+@pytest.mark.parametrize("stretch", [4, 15, 100])
+def test_windowed_loss_is_that_of_whole_windows(mixer, stretch, monkeypatch):
+    model, ids = random_model(small_config(mixer)), tokens(70)
+    batches = validation_batches(ids, context=15, batch_size=2, end_id=END)
+    expected = evaluate(model, batches, SIZES)
+    for cached in (1, 45):  # windows side by side
+        monkeypatch.setattr("train.evaluate._CACHED_TOKENS", cached)
+        seen = []
+        found = evaluate_windows(
+            model, ids, SIZES, context=15, end_id=END, stretch=stretch, progress=seen.append
+        )
+        assert found.nats == pytest.approx(expected.nats, rel=1e-6)
+        assert (found.tokens, found.bytes) == (expected.tokens, expected.bytes)
+        assert seen == ([15, 30, 45, 60] if cached == 1 else [45, 60])
+
+
+def test_windowed_loss_needs_one_window():
+    model = random_model(small_config("rwkv7"))
+    with pytest.raises(DataError, match="has 15 tokens, fewer than one window of 15 and the token"):
+        evaluate_windows(model, tokens()[:15], SIZES, context=15, end_id=END)
 
 
 @pytest.mark.parametrize(("weights", "most"), [("bf16", 0.2), ("int8", 0.2), ("int4", 20)])

@@ -7,12 +7,14 @@ from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
+from model_helpers import random_model, small_config
 from runs import TINY, ebb, only_line, write_text
 from torch import Tensor, nn
 
 from model.config import MixerOptions, ModelConfig
 from model.language_model import LanguageModel
 from model.layers import MIXERS, TRANSFORMER, Mixer
+from model.layers.attention import AttentionOptions
 from model.layers.channel_mix import SwiGLU
 from model.layers.layer import Layer
 from model.ops import FORMS, OPS, Op, native
@@ -239,6 +241,37 @@ def test_a_model_is_checked_with_its_own_weights():
     assert {cell.part for cell in report.cells} == {"rwkv7 model"}
     assert {cell.dtype for cell in report.cells} == {"float64", "float32", "bfloat16"}
     assert all(torch.equal(x, kept[name]) for name, x in model.state_dict().items())
+
+
+def test_weights_that_magnify_rounding_widen_the_tolerance_and_say_so(capsys):
+    """Those of a user's model, whose sums of weights come near zero; never those drawn here."""
+    options = AttentionOptions(score="relu_l1")
+    model = random_model(small_config("attention", num_layers=2, options=options))
+    report = verify(model, dtypes=(torch.float32,))
+    assert report.ok, report.worst.sentence()
+    widened = [cell for cell in report.cells if cell.widened]
+    assert widened
+    assert all(1e-5 < cell.error <= cell.tolerance for cell in widened)
+    command.show(report)
+    said = capsys.readouterr().out
+    assert "~ beyond the usual tolerance" in said
+    assert said.count("~") == 1 + len(widened)
+    drawn = verify("attention:relu_l1", dtypes=(torch.float32,))
+    assert not any(cell.widened for cell in drawn.cells)
+
+
+def test_a_bug_in_a_user_s_weights_is_no_rounding(monkeypatch):
+    """A fault of 1e-3 in float32 alone is far above what one rounding does."""
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig("retnet", 40, d_model=32, num_layers=2, head_dim=8))
+    chunked = OPS["additive"].chunked
+
+    def off(*args, **rest):
+        o, state = chunked(*args, **rest)
+        return (o * 1.001 if o.dtype == torch.float32 else o), state
+
+    monkeypatch.setitem(OPS, "additive", OPS["additive"]._replace(chunked=off, native=None))
+    assert not verify(model, dtypes=(torch.float32,)).ok
 
 
 @pytest.mark.parametrize(

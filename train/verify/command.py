@@ -23,6 +23,7 @@ from train.checkpoint import load_model
 from train.config import at_least
 from train.progress import Display
 from train.verify import Cell, Report, Target, verify
+from train.verify.proof import AMPLE
 from train.verify.workers import verify_names
 
 T = TypeVar("T")
@@ -156,12 +157,19 @@ def show(report: Report) -> None:
             console.print()
         console.print(Text(part, "bold"))
         console.print(table)
+    if any(cell.widened for cell in report.cells):
+        console.print(
+            f"~ beyond the usual tolerance, but within {AMPLE:.0f} times what rounding the inputs "
+            "once does to the definition: these weights magnify rounding in every form."
+        )
 
 
 def entry(cell: Cell | None) -> Text:
-    """An error in one digit; one beyond the tolerance has an exclamation mark."""
+    """An error in one digit, `!` beyond the tolerance, `~` within a widened one."""
     if cell is None:
         return Text("")
+    if cell.ok and cell.widened:
+        return Text(f"{cell.error:.0e}~", "yellow")
     return Text(f"{cell.error:.0e}", "green") if cell.ok else Text(f"{cell.error:.0e}!", "bold red")
 
 

@@ -62,6 +62,8 @@ class OpSubject:
             n for n in self.op._fields if getattr(self.op, n) is not None and n not in missing
         )
 
+    has_own_weights = False
+
     def function(self, form: str, dtype: torch.dtype, chunk_size: int | None) -> Function:
         """One form."""
         function: Callable[..., Any] = getattr(self.op, form)

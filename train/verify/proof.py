@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from train.verify.derivatives import TOLERANCE as SLOPE_TOLERANCE
 from train.verify.derivatives import against_finite_differences
@@ -15,6 +16,7 @@ from train.verify.running import (
     Difference,
     Results,
     differences,
+    map_tensors,
     run,
     to_dtype,
 )
@@ -24,6 +26,10 @@ T = TypeVar("T")
 
 ALL_TOLERANCES = {**TOLERANCE, torch.bfloat16: 5e-2}
 """bfloat16 has two digits and a half: what is asked of it is of another kind."""
+
+
+AMPLE = 10.0
+"""Measured: a float32 error is up to 5 times what one rounding of the inputs does."""
 
 
 SMALL = Case(time=4, batch=1, decay="weak", state=True, heads=1, key_dim=3, value_dim=5)
@@ -54,6 +60,8 @@ class Cell:
     tolerance: float
     worst: str
     """Where the largest error was found, in words."""
+    widened: bool = False
+    """Whether the tolerance is that of a checkpoint's own weights, which magnify rounding."""
 
     @property
     def ok(self) -> bool:
@@ -110,11 +118,18 @@ def prove(
     for situation in subject.situations(full=full):
         for cell in _cells(subject, situation, dtypes):
             key = Key(cell.part, cell.check, cell.form, cell.dtype)
-            if key not in worst or not cell.error <= worst[key].error:
+            if key not in worst or _is_worse(cell, worst[key]):
                 worst[key] = cell
         advance()
     cells = [*worst.values()]
     return [*cells, _slopes(subject)] if torch.float64 in dtypes else cells
+
+
+def _is_worse(cell: Cell, other: Cell) -> bool:
+    """Whether it is beyond its tolerance and the other is not, or else has the larger error."""
+    if cell.ok != other.ok:
+        return other.ok
+    return not cell.error <= other.error
 
 
 def _cells(
@@ -132,26 +147,66 @@ def _cells(
                 continue
             tolerance = situation.tolerance or ALL_TOLERANCES[dtype]
             found = _worst(subject, situation, form, dtype, expectations[coarse])
+            own = 0.0
+            if tolerance < found.error < torch.inf and subject.has_own_weights:
+                own = AMPLE * _conditioning(subject, situation, dtype, found.tensor)
             yield Cell(
                 subject.name,
                 situation.check,
                 form,
                 str(dtype).removeprefix("torch."),
                 found.error,
-                tolerance,
+                max(tolerance, own),
                 f"{found.problem} ({situation.detail})",
+                widened=own > tolerance,
             )
 
 
-def _expected(subject: Subject, situation: Situation, dtype: torch.dtype) -> Results:
-    """What the definition says in float64 of inputs that `dtype` holds."""
+def _expected(
+    subject: Subject, situation: Situation, dtype: torch.dtype, moved: int = 0
+) -> Results:
+    """What the definition says in float64 of inputs that `dtype` holds.
+
+    With `moved`, of inputs off by a rounding of `dtype`; each number but 0 draws other roundings.
+    """
     definition = subject.function("recurrent", torch.float64, situation.chunk_size)
     if situation.expect is not None:
         definition = situation.expect(definition)
     inputs = subject.inputs(situation.case, dtype)
     inputs = {name: to_dtype(x, torch.float64) for name, x in inputs.items()}
+    if moved:
+        generator = torch.Generator().manual_seed(moved)
+        unit = torch.finfo(dtype).eps / 2
+
+        def rounded(x: Tensor) -> Tensor:
+            if not x.is_floating_point():
+                return x
+            return x * (1 + unit * torch.randn(x.shape, generator=generator, dtype=x.dtype))
+
+        inputs = {name: map_tensors(rounded, x) for name, x in inputs.items()}
     results = run(definition, inputs, gradients=situation.gradients)
     return results if situation.compared is None else situation.compared(results)
+
+
+def _conditioning(subject: Subject, situation: Situation, dtype: torch.dtype, tensor: str) -> float:
+    """How far rounding the inputs once moves what the definition says of a tensor, relatively.
+
+    No form can be nearer to the definition than its inputs are.
+    """
+    exact = _expected(subject, situation, dtype)
+    against_largest = subject.against_largest(dtype)
+    moved = [
+        difference.error
+        for draw in (1, 2)
+        for difference in differences(
+            _expected(subject, situation, dtype, draw),
+            exact,
+            torch.float64,
+            against_largest=against_largest,
+        )
+        if difference.tensor == tensor
+    ]
+    return max(moved)
 
 
 def _found(subject: Subject, situation: Situation, form: str, dtype: torch.dtype) -> Results:

@@ -37,6 +37,10 @@ class Subject(Protocol):
     def forms(self) -> tuple[str, ...]:
         """All of them."""
 
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether its weights are a user's, which may magnify rounding, and not drawn for this."""
+
     def function(self, form: str, dtype: torch.dtype, chunk_size: int | None) -> Function:
         """One form."""
 

@@ -1,0 +1,97 @@
+"""What all plots share. Drawn without pyplot: no global state, no window, no dates."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import cycle, product
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from train.checkpoint import write_atomically
+from train.readable import short_context
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
+"""Okabe and Ito's colours, which colour-blind people can tell apart; the yellow is too pale."""
+
+DASHES = ("-", "--", ":")
+"""Once all colours are taken they come again, dashed."""
+
+DPI = 200
+INK, QUIET, GRID = "#222222", "#5F5F5F", "#E4E4E4"
+
+
+def panels(names: Sequence[str]) -> tuple[Figure, tuple[Axes, Axes]]:
+    """Two panels under one legend: a fixed colour for each name, by its place."""
+    figure = Figure(figsize=(10.5, 4.6), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for axes in (left, right):
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_color("#AAAAAA")
+        axes.tick_params(colors=QUIET, labelsize=9, length=3, color="#AAAAAA", which="both")
+        axes.xaxis.label.set(color=INK, fontsize=10)
+        axes.yaxis.label.set(color=INK, fontsize=10)
+    handles = [
+        Line2D([], [], linewidth=2.5, **style) for _, style in zip(names, styles(), strict=False)
+    ]
+    figure.legend(
+        handles,
+        names,
+        loc="outside upper left",
+        ncols=min(len(names), 6),
+        frameon=False,
+        fontsize=10,
+        labelcolor=INK,
+        handlelength=2.2,
+    )
+    return figure, (left, right)
+
+
+def styles() -> "cycle[dict[str, Any]]":
+    """Colour and dash of each line in turn."""
+    return cycle({"color": color, "linestyle": dash} for dash, color in product(DASHES, PALETTE))
+
+
+def set_title(axes: Axes, text: str) -> None:
+    """Above a panel, at its left."""
+    axes.set_title(text, loc="left", fontsize=11, fontweight="bold", color=INK, pad=8)
+
+
+def save(figure: Figure, note: str, path: Path) -> None:
+    """The same results give the same bytes: no date, and no version of matplotlib."""
+    figure.supxlabel(note, x=0.01, ha="left", fontsize=8.5, color=QUIET)
+    metadata = {"Software": None}
+    write_atomically(path, lambda beside: figure.savefig(beside, format="png", metadata=metadata))
+
+
+def say_empty(axes: Axes, text: str) -> None:
+    """In place of lines."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=QUIET)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def ticks(text: Callable[[float], str]) -> FuncFormatter:
+    """A number at an axis as `text` has it."""
+    return FuncFormatter(lambda value, _: text(value))
+
+
+def context_axis(axes: Axes, contexts: Sequence[int]) -> None:
+    """Ticks where something was measured, the largest context always, eight at most."""
+    if not contexts:
+        return
+    axes.set_xscale("log")
+    axes.set_xlim(contexts[0] / 1.25, contexts[-1] * 1.25)
+    every = math.ceil(len(contexts) / 8)
+    axes.xaxis.set_major_locator(FixedLocator(contexts[::-1][::every]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(ticks(short_context))
