@@ -6,19 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from data.loader import Batch, TrainingBatches
 from model.language_model import LanguageModel
 from train import checkpoint as files
 from train.config import TrainConfig
+from train.figure import PALETTE, panel, save, set_title
 from train.loop import _is_bf16
 from train.loss import next_token_loss
 from train.memory import keep_freed_memory
 from train.optimizer import make_optimizer, set_rate
-from train.plots import DPI, GRID, INK, PALETTE, QUIET
 from train.prepare import prepare_data
 from train.progress import Display
 from train.recipes import recipe_of
@@ -128,14 +125,7 @@ def _gradients(model: LanguageModel, batch: Batch, config: TrainConfig) -> tuple
 
 def save_plot(test: RangeTest, title: str, path: Path) -> None:
     """The loss against the rate, its running mean, and the suggestion."""
-    figure = Figure(figsize=(7.0, 4.6), dpi=DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes: Axes = figure.subplots()
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#AAAAAA")
-    axes.tick_params(colors=QUIET, labelsize=9, length=3, color="#AAAAAA", which="both")
+    figure, axes = panel()
     axes.plot(test.rates, test.losses, color=PALETTE[0], linewidth=0.7, alpha=0.4)
     axes.plot(test.rates, test.smoothed, color=PALETTE[0], linewidth=2.0)
     axes.axvline(test.suggestion, color=PALETTE[1], linewidth=1.5, linestyle="--")
@@ -150,18 +140,14 @@ def save_plot(test: RangeTest, title: str, path: Path) -> None:
         va="center",
     )
     axes.set_xscale("log")
-    axes.set_xlabel("Learning rate", color=INK, fontsize=10)
-    axes.set_ylabel("Training loss (nats per token)", color=INK, fontsize=10)
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=8)
+    axes.set_xlabel("Learning rate")
+    axes.set_ylabel("Training loss (nats per token)")
+    set_title(axes, title)
     note = (
         "Thin: loss of each step. Thick: its running mean. "
         f"Dashed: suggestion, {MARGIN:g} times below the mean's lowest."
     )
-    figure.supxlabel(note, x=0.01, ha="left", fontsize=8.5, color=QUIET)
-    metadata = {"Software": None}
-    files.write_atomically(
-        path, lambda beside: figure.savefig(beside, format="png", metadata=metadata)
-    )
+    save(figure, note, path)
 
 
 def find_rate_command(config: TrainConfig) -> None:
