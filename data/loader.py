@@ -9,7 +9,11 @@ import numpy.typing as npt
 import torch
 
 from data.errors import DataError
-from data.packing import TokenArray
+from data.packing import TokenArray, release
+
+_WINDOWS_HELD = 256
+"""Windows read before their pages are given back: at 64 kB each, which Linux maps at a time, 16 MB
+and the tokens of the windows."""
 
 
 class Batch(NamedTuple):
@@ -18,9 +22,9 @@ class Batch(NamedTuple):
     Attributes:
         inputs: int64 ``[B, T]``.
         targets: int64 ``[B, T]``, the token after each input; the end token is one of them, and
-            belongs to the document before it.
-        reset: bool ``[B, T]``, True where a document starts (the token after an end token, and
-            the first of all); None where no document starts in the batch.
+            the last of its document.
+        reset: bool ``[B, T]``, True where the input is an end token, from which the first token of
+            the next document is predicted and nothing else; None where there is none.
     """
 
     inputs: torch.Tensor
@@ -28,7 +32,35 @@ class Batch(NamedTuple):
     reset: torch.Tensor | None
 
 
-class TrainingBatches:
+class _Epochs:
+    """What both ways through the training text share: checked settings, and windows by place."""
+
+    def __init__(
+        self, tokens: TokenArray, *, context: int, batch_size: int, seed: int, end_id: int
+    ) -> None:
+        _check(tokens, context, batch_size, "training")
+        if seed < 0:
+            raise DataError(f"The seed is {seed}: choose one that is not negative.")
+        self._tokens, self._context, self._batch_size = tokens, context, batch_size
+        self._seed, self._end_id = seed, end_id
+        self._touched = 0  # windows, whose pages are mapped
+
+    def _num_offsets(self, windows: int) -> int:
+        """In how many places an epoch of so many windows can begin, at most one context apart."""
+        return min(self._context, self._tokens.size - windows * self._context)
+
+    def _random(self, epoch: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, epoch])
+
+    def _read(self, starts: npt.NDArray[np.int64]) -> Batch:
+        self._touched += self._batch_size
+        if self._touched >= _WINDOWS_HELD:
+            release(self._tokens)
+            self._touched = 0
+        return _windows(self._tokens, starts, self._context, self._end_id)
+
+
+class TrainingBatches(_Epochs):
     """The endless sequence of training batches, by step.
 
     Epoch ``e`` lays windows of ``context`` tokens without overlap from an offset in
@@ -46,15 +78,9 @@ class TrainingBatches:
     def __init__(
         self, tokens: TokenArray, *, context: int, batch_size: int, seed: int, end_id: int
     ) -> None:
-        _check(tokens, context, batch_size, "training")
-        if seed < 0:
-            raise DataError(f"The seed is {seed}: choose one that is not negative.")
-        self._tokens, self._context, self._batch_size = tokens, context, batch_size
-        self._seed, self._end_id = seed, end_id
+        super().__init__(tokens, context=context, batch_size=batch_size, seed=seed, end_id=end_id)
         # One window less than would fit leaves room for every offset below one context.
         self.windows_per_epoch = max(1, (tokens.size - 1) // context - 1)
-        spare = tokens.size - 1 - self.windows_per_epoch * context
-        self._num_offsets = min(context, spare + 1)
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     @property
@@ -70,12 +96,59 @@ class TrainingBatches:
         for row in range(self._batch_size):
             epoch, position = divmod(first + row, self.windows_per_epoch)
             offset, order = self._epoch(epoch)
-            starts[row] = offset + order[position] * self._context
-        return _windows(self._tokens, starts, self._context, self._end_id)
+            starts[row] = offset + int(order[position]) * self._context
+        return self._read(starts)
 
-    def _draw_epoch(self, epoch: int) -> tuple[int, npt.NDArray[np.int64]]:
-        random = np.random.default_rng([self._seed, epoch])
-        return int(random.integers(self._num_offsets)), random.permutation(self.windows_per_epoch)
+    def _draw_epoch(self, epoch: int) -> tuple[int, npt.NDArray[np.unsignedinteger]]:
+        random = self._random(epoch)
+        offset = int(random.integers(self._num_offsets(self.windows_per_epoch)))
+        # Shuffled alike whatever the type; the smaller one counts with a text of gigabytes.
+        kind = np.uint32 if self.windows_per_epoch < 1 << 32 else np.uint64
+        return offset, random.permutation(np.arange(self.windows_per_epoch, dtype=kind))
+
+
+class StretchBatches(_Epochs):
+    """The endless sequence of training batches whose rows go on where they ended, by step.
+
+    Epoch ``e`` gives each row an equal part of the tokens, from an offset in ``[0, context)`` that
+    is drawn from ``(seed, e)``, and takes a stretch of ``context`` tokens of it a step. A state
+    carried from step to step has then seen all that stands before in the part; the first stretches
+    of an epoch have a reset at their first token. To resume one needs the step and that state.
+
+    Attributes:
+        steps_per_epoch: Stretches in a row's part.
+
+    Raises:
+        DataError: There are fewer tokens than one context for each row and the last target.
+    """
+
+    def __init__(
+        self, tokens: TokenArray, *, context: int, batch_size: int, seed: int, end_id: int
+    ) -> None:
+        super().__init__(tokens, context=context, batch_size=batch_size, seed=seed, end_id=end_id)
+        fitting = (tokens.size - 1) // (batch_size * context)
+        if not fitting:
+            raise DataError(
+                f"The training text has {tokens.size} tokens, fewer than {batch_size} parts of one "
+                f"context of {context}: give a longer text, or a smaller context or batch size."
+            )
+        # As above, what is left over makes room for the offset; a step less where nothing is.
+        room = (tokens.size - context) // (batch_size * context)
+        self.steps_per_epoch = max(1, min(fitting, room))
+
+    def __getitem__(self, step: int) -> Batch:
+        if step < 0:
+            raise IndexError("steps are counted from 0")
+        epoch, position = divmod(step, self.steps_per_epoch)
+        windows = self.steps_per_epoch * self._batch_size
+        offset = int(self._random(epoch).integers(self._num_offsets(windows)))
+        rows = np.arange(self._batch_size, dtype=np.int64)
+        batch = self._read(offset + (rows * self.steps_per_epoch + position) * self._context)
+        if position:
+            return batch
+        reset = torch.zeros(batch.inputs.shape, dtype=torch.bool)
+        reset[:, 0] = True
+        return batch._replace(reset=reset if batch.reset is None else reset | batch.reset)
 
 
 def validation_batches(
@@ -150,11 +223,9 @@ def window_stretches(
 
 def _windows(tokens: TokenArray, starts: npt.NDArray[np.int64], length: int, end_id: int) -> Batch:
     """Cut ``length`` tokens and the one after at each start."""
-    # One token more at the front tells whether the first one starts a document.
-    before = np.array([tokens[start - 1] if start else end_id for start in starts], dtype=np.int64)
     rows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
     inputs = rows[:, :-1]
-    reset = np.concatenate([before[:, None], inputs[:, :-1]], axis=1) == end_id
+    reset = inputs == end_id
     return Batch(
         torch.from_numpy(np.ascontiguousarray(inputs)),
         torch.from_numpy(np.ascontiguousarray(rows[:, 1:])),

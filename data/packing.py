@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from data.corpora import Corpus, Documents
 from data.errors import DataError
-from data.tokenizers import Tokenizer, pieces
+from data.tokenizers import Tokenizer
 
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
@@ -36,6 +37,16 @@ class PackedTokens:
 
     tokens: TokenArray
     num_bytes: int
+
+
+def release(tokens: TokenArray) -> None:
+    """Give back the pages of a mapped file that were read: they count as memory of the process.
+
+    Nothing is lost, since the file holds them; an array that is no file is left alone.
+    """
+    mapped = getattr(tokens, "_mmap", None)  # NumPy's own, which has no public name
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def default_cache_dir() -> Path:
@@ -67,7 +78,8 @@ def pack(
         The tokens for training and for validation.
 
     Raises:
-        DataError: The cache cannot be written; nothing is left behind.
+        DataError: The cache cannot be written, or the text has changed since the corpus was made;
+            nothing is left behind.
     """
     keys = f"{_FORMAT} {corpus.fingerprint} {tokenizer.fingerprint}"
     folder = cache_dir / hashlib.sha256(keys.encode()).hexdigest()[:32]
@@ -133,6 +145,10 @@ def _write(
                 _sync(file.fileno(), file.flush)
             done += num_bytes
             meta[side] = {"tokens": count, "bytes": num_bytes}
+        if done != corpus.num_bytes:
+            raise DataError(
+                f"'{corpus.name}' has changed while it was read: leave it alone and start again."
+            )
         with (beside / "meta.json").open("w") as file_of_meta:
             json.dump(meta, file_of_meta)
             _sync(file_of_meta.fileno(), file_of_meta.flush)
@@ -152,14 +168,12 @@ def _encoded(documents: Documents, tokenizer: Tokenizer) -> Iterator[tuple[list[
     """The ids and the number of bytes of each piece of text, in batches of bounded size."""
     batch: list[tuple[str, bool]] = []
     characters = 0
-    for text in documents:
-        cut = list(pieces(text))
-        for number, piece in enumerate(cut, start=1):
-            batch.append((piece, number == len(cut)))
-            characters += len(piece)
-            if characters >= _BATCH_CHARACTERS:
-                yield from _encoded_batch(batch, tokenizer)
-                batch, characters = [], 0
+    for piece, is_last in documents.pieces():
+        batch.append((piece, is_last))
+        characters += len(piece)
+        if characters >= _BATCH_CHARACTERS:
+            yield from _encoded_batch(batch, tokenizer)
+            batch, characters = [], 0
     yield from _encoded_batch(batch, tokenizer)
 
 

@@ -1,12 +1,12 @@
 """The folder of a run: what is in it, how it is written whole or not at all, and how it is read.
 
-Every file is written beside its place, flushed to the disk and renamed. `resume/step-N/` holds a
-complete state of training; the newest that can be read is the one to go on from.
+Every file is written beside its place, flushed to the disk and renamed. `resume/` holds complete
+states of training, by `train.snapshot`.
 """
 
 import json
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,17 +43,6 @@ class Checkpoint(NamedTuple):
     """`config.json`: `model` and `train`."""
 
 
-class Snapshot(NamedTuple):
-    """A complete state of training."""
-
-    step: int
-    """Optimiser steps done."""
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    progress: dict[str, Any]
-    """What the loop wants back: best loss so far, seconds spent."""
-
-
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` on a name beside `path`, flushes to the disk and renames.
 
@@ -63,70 +52,25 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     beside = path.with_name(f".{path.name}.tmp")
     try:
         write(beside)
-        _readable(beside)
-        _flush(beside)
+        readable(beside)
+        flush(beside)
         beside.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     except (OSError, SafetensorError) as error:
         beside.unlink(missing_ok=True)
-        raise ValueError(_cannot_write(path, error)) from error
+        raise ValueError(cannot_write(path, error)) from error
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Weights as safetensors: no paths and no times, so that equal weights give equal bytes."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    tensors = contiguous(weights)
     write_atomically(path, lambda beside: save_file(tensors, beside))
 
 
 def save_json(path: Path, value: Any) -> None:
     """One JSON value, readable."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    write_atomically(path, lambda beside: _write_text(beside, text))
-
-
-def save_snapshot(folder: Path, snapshot: Snapshot, keep: int = 2) -> None:
-    """Adds `resume/step-N/` to a run and removes all but the newest `keep`.
-
-    Raises:
-        ValueError: if it cannot be written; the older ones stay.
-    """
-    resume = folder / RESUME
-    final = resume / f"step-{snapshot.step:09d}"
-    beside = resume / f".{final.name}.tmp"
-    try:
-        for unfinished in resume.glob(".step-*.tmp"):  # of a process that was killed
-            shutil.rmtree(unfinished, ignore_errors=True)
-        beside.mkdir(parents=True)
-        tensors, scalars = _flatten(snapshot.optimizer)
-        contents = {"step": snapshot.step, "optimizer": scalars, "progress": snapshot.progress}
-        save_file(_contiguous(snapshot.weights), beside / WEIGHTS)
-        save_file(_contiguous(tensors), beside / "optimizer.safetensors")
-        _write_text(beside / "training.json", json.dumps(contents))
-        for file in beside.iterdir():
-            _readable(file)
-            _flush(file)
-        if final.exists():  # moved aside: at no time is there neither the old one nor the new
-            final.rename(beside.with_suffix(".old.tmp"))
-        beside.rename(final)
-        _flush(resume)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise ValueError(_cannot_write(final, error)) from error
-    for old in [*_snapshots(folder)[keep:], *resume.glob(".step-*.tmp")]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def load_snapshot(folder: Path, warn: Callable[[str], None]) -> Snapshot | None:
-    """The newest complete state of training in a run, or None; damaged ones are named to `warn`."""
-    for path in _snapshots(folder):
-        try:
-            contents = json.loads((path / "training.json").read_text(encoding="utf-8"))
-            weights = load_file(path / WEIGHTS)
-            optimizer = _unflatten(load_file(path / "optimizer.safetensors"), contents["optimizer"])
-            return Snapshot(contents["step"], weights, optimizer, contents["progress"])
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            warn(f"{path} is damaged ({error}): looking for the checkpoint before it.")
-    return None
+    write_atomically(path, lambda beside: write_text(beside, text))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -237,11 +181,6 @@ def read_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tok
     return tokenizer
 
 
-def is_imported(folder: Path) -> bool:
-    """Whether the folder holds an official checkpoint, which has no training to go on with."""
-    return (folder / CONFIG).exists() and IMPORTED in read_config(folder)["train"]
-
-
 def fill(model: LanguageModel, weights: Mapping[str, Tensor], source: str) -> None:
     """Copies weights into a model.
 
@@ -274,7 +213,7 @@ def locked(folder: Path) -> Iterator[None]:
         ValueError: if another process holds it, or the folder cannot be made.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock = filelock.FileLock(folder / ".lock")
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
@@ -282,53 +221,39 @@ def locked(folder: Path) -> Iterator[None]:
             f"Another process is writing to {folder}: wait for it, or choose another place."
         ) from error
     except OSError as error:
-        raise ValueError(_cannot_write(folder, error)) from error
+        raise ValueError(cannot_write(folder, error)) from error
     try:
         yield
     finally:
         lock.release()
 
 
-def _snapshots(folder: Path) -> list[Path]:
-    """Newest first."""
-    return sorted((folder / RESUME).glob("step-*"), reverse=True)
-
-
-def _flatten(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of an optimiser's state by name, and the rest as JSON."""
-    tensors = {
-        f"{index}.{name}": value
-        for index, entry in optimizer["state"].items()
-        for name, value in entry.items()
-    }
-    assert all(isinstance(value, Tensor) for value in tensors.values())
-    return tensors, {"param_groups": optimizer["param_groups"]}
-
-
-def _unflatten(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": scalars["param_groups"]}
-
-
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As safetensors wants them."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """In UTF-8, whatever the system prefers."""
     path.write_text(text, encoding="utf-8")
 
 
-def _readable(path: Path) -> None:
+def readable(path: Path) -> None:
     """Gives a file the permissions that this user's files have; safetensors keeps others out."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
 
 
-def _flush(path: Path) -> None:
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it, so that they survive a loss of power."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        flush(made.parent)
+
+
+def flush(path: Path) -> None:
     """Makes sure that a file or folder has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -337,6 +262,9 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _cannot_write(path: Path, error: Exception) -> str:
+def cannot_write(path: Path, error: Exception) -> str:
+    """The sentence for a file or folder that could not be written."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if found := re.search(r"I/O error: (.+) \(os error \d+\)", reason):  # safetensors' own words
+        reason = found[1]
     return f"{path} cannot be written ({reason}): make room or choose another place."

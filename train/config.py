@@ -42,9 +42,12 @@ class TrainConfig:
     such as 4x192."""
     data: str = "sotu"
     """sotu (State of the Union addresses, built in), a text file, a folder or glob of them, a
-    .jsonl, .csv or .parquet file, a folder saved by the datasets library, or a Hub name."""
+    .jsonl, .csv or .parquet file, a folder saved by the datasets library, or a name of the Hugging
+    Face hub: org/name, org/name:config, org/name:config:split or org/name::split."""
     column: str = "text"
     """Column or key that holds the text, where the data has columns."""
+    stream: int | None = None
+    """Of a Hub data set, take the first so many documents as they come, without downloading it."""
     tokenizer: str = "bpe"
     """bpe (trained on the data), bytes, or the path of a tokenizer.json or of the vocabulary of
     RWKV World (rwkv_vocab_v20230424.txt)."""
@@ -56,6 +59,9 @@ class TrainConfig:
     """Sequences a step."""
     context: int = 256
     """Tokens a sequence."""
+    carry_state: bool = False
+    """Read the text in order, each sequence of the batch a part of it, and carry the state from
+    every step to the next (truncated back-propagation) instead of starting windows afresh."""
     ffn_dim: int | None = None
     """Width inside the channel mix; the mixer's own multiple of its width if not given."""
     optimizer: str = "adamw"
@@ -83,6 +89,13 @@ class TrainConfig:
     """Of the weights, the order of the data and the samples."""
     threads: int | None = None
     """CPU threads; what PyTorch chooses if not given."""
+    backend: str = "auto"
+    """native (compiled kernels), torch, or auto: native where they are compiled."""
+    compile: bool = False
+    """Compile the blocks with torch.compile first."""
+    max_skipped: int = 10
+    """Steps in a row whose loss or gradient is not finite, and which are skipped for that, after
+    which training stops."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     eval_every: int | None = None
@@ -93,6 +106,8 @@ class TrainConfig:
     """Steps between samples; every validation if not given, 0 for none."""
     save_every: int | None = None
     """Steps between checkpoints; every validation if not given. The end is always saved."""
+    keep: int = 2
+    """Checkpoints to keep, the newest; with 1 there is none to go back to if it is damaged."""
     out: Path | None = None
     """Folder of the run; checkpoints/MIXER-SIZE-DATA if not given."""
     resume: bool = False
@@ -111,6 +126,10 @@ class TrainConfig:
         from train.recipes import BUDGETS
 
         parse_mixer(self.mixer)
+        if self.carry_state:
+            from train.carry import check_can_carry
+
+            check_can_carry(self.mixer)
         parse_size(self.size)
         if self.recipe is not None:
             one_of("recipe", self.recipe, BUDGETS)
@@ -124,11 +143,17 @@ class TrainConfig:
                 )
         if self.find_lr and self.resume:
             raise ValueError("choose one of --find-lr and --resume: the search keeps no checkpoint")
+        if self.find_lr and self.carry_state:
+            raise ValueError("--find-lr reads windows in any order: leave --carry-state out")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision must be auto, fp32 or bf16, but is {self.precision!r}")
+        if self.backend not in ("auto", "native", "torch"):
+            raise ValueError(f"backend must be auto, native or torch, but is {self.backend!r}")
         for name in ("steps", "batch_size", "context", "log_every", "eval_tokens"):
             at_least(name, getattr(self, name), 1)
-        for name in ("eval_every", "save_every", "threads", "ffn_dim", "vocab_size"):
+        for name in ("max_skipped", "keep"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("eval_every", "save_every", "threads", "ffn_dim", "vocab_size", "stream"):
             at_least(name, getattr(self, name), 1)
         for name in ("seed", "warmup", "sample_every"):
             at_least(name, getattr(self, name), 0)
@@ -151,11 +176,12 @@ class TrainConfig:
     def saved(self) -> dict[str, Any] | None:
         """The settings that the run in the folder was made with; None if none was made there."""
         from train import checkpoint as files  # loads torch, which --help can do without
+        from train.snapshot import read_run
 
-        if not (self.folder / files.CONFIG).exists() or files.is_imported(self.folder):
+        if not files.holds_run(self.folder):
             return None
-        settings: dict[str, Any] = files.read_config(self.folder)["train"]
-        return settings
+        settings: dict[str, Any] = read_run(self.folder)["train"]
+        return None if files.IMPORTED in settings else settings
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; without what does not belong to the run itself."""
@@ -168,7 +194,10 @@ class TrainConfig:
 NOT_OF_THE_RUN = ("out", "resume", "find_lr")
 """Settings that say where and how to start, not what to compute."""
 
-FREE_ON_RESUME = (*NOT_OF_THE_RUN, "log_every", "eval_every", "sample_every", "save_every")
+FREE_ON_RESUME = (
+    *(*NOT_OF_THE_RUN, "log_every", "eval_every", "sample_every", "save_every"),
+    *("keep", "max_skipped", "threads", "backend", "compile"),
+)
 """Settings that a resumed run may change without becoming another run."""
 
 

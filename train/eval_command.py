@@ -141,6 +141,7 @@ def _tokens(config: EvalConfig, checkpoint: Checkpoint, display: Display) -> tup
     corpus = load_corpus(
         config.data or trained["data"],
         column=config.column or ("text" if config.data else trained.get("column", "text")),
+        stream=None if config.data else trained.get("stream"),
     )
     with display.task("Tokenising", corpus.num_bytes) as advance:
         packed = pack(corpus, checkpoint.tokenizer, default_cache_dir(), advance)

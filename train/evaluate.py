@@ -46,7 +46,12 @@ class Evaluation:
     @property
     def bits_per_byte(self) -> float:
         """Comparable between tokenizers, unlike the loss per token."""
-        return self.nats / math.log(2) / max(self.bytes, 1)
+        return bits_per_byte(self.nats, self.bytes)
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """A sum of `-ln p` over some tokens, by the UTF-8 bytes that they stand for."""
+    return nats / math.log(2) / max(num_bytes, 1)
 
 
 def evaluate(

@@ -14,6 +14,7 @@ from train.config import TrainConfig
 from train.figure import PALETTE, panel, save, set_title
 from train.loop import _is_bf16
 from train.loss import next_token_loss
+from train.machine import choose_machine
 from train.memory import keep_freed_memory
 from train.optimizer import make_optimizer, set_rate
 from train.prepare import prepare_data
@@ -72,10 +73,14 @@ def find_rate(config: TrainConfig, display: Display) -> RangeTest:
     Raises:
         ValueError: for settings or data that cannot be used.
     """
-    keep_freed_memory()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    data = prepare_data(config.data, config.column, config.tokenizer, config.vocab_size, display)
+    data = prepare_data(
+        config.data,
+        config.column,
+        config.tokenizer,
+        config.vocab_size,
+        display,
+        stream=config.stream,
+    )
     batches = TrainingBatches(
         data.train.tokens,
         context=config.context,
@@ -156,8 +161,10 @@ def find_rate_command(config: TrainConfig) -> None:
     Raises:
         ValueError: for settings, data or a folder that cannot be used.
     """
+    keep_freed_memory()
     with Display() as display, files.locked(config.folder):
-        test = find_rate(config, display)
+        with choose_machine(config, display.say).in_use():
+            test = find_rate(config, display)
         title = f"{config.mixer} {config.size}, {config.optimizer}: {test.suggestion:g}"
         save_plot(test, title, config.folder / PLOT)
         numbers = {

@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
@@ -20,7 +20,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Turns the first SIGINT or SIGTERM into a request; a second SIGINT interrupts at once.
+    """Turns the first SIGINT or SIGTERM into a request; a second one interrupts at once.
 
     Outside the main thread, where Python takes no signals, nothing is changed.
     """
@@ -33,7 +33,8 @@ def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
         if stop.requested:
             raise KeyboardInterrupt
         stop.requested = True
-        say("Stopping after this step and saving; press Ctrl-C again to stop at once.")
+        with suppress(RuntimeError):  # Python's, if a line was just being written
+            say("Stopping after this step and saving; press Ctrl-C again to stop at once.")
 
     handled = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, handle) for number in handled}

@@ -14,25 +14,29 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from data.loader import Batch, TrainingBatches, validation_batches
-from model.config import ModelConfig
+from data.loader import Batch, StretchBatches, TrainingBatches, validation_batches
 from model.language_model import LanguageModel
 from model.layers import MIXERS
 from model.ops import OPS, native
 from train import checkpoint as files
+from train.carry import Carry
+from train.compiling import compile_blocks, uncompiled
 from train.config import TrainConfig
-from train.evaluate import Evaluation, evaluate
+from train.evaluate import Evaluation, bits_per_byte, evaluate
 from train.interrupt import Interrupted, stop_on_signal
 from train.loss import next_token_loss
+from train.machine import Machine, choose_machine
 from train.memory import keep_freed_memory
 from train.metrics import MetricsLog
 from train.optimizer import make_optimizer, set_rate
 from train.prepare import prepare_data
 from train.progress import Display
 from train.recipes import recipe_of
-from train.resume import Progress, check_data, claim_folder
+from train.resume import Progress, check_data, claim_folder, is_applied
+from train.run_folder import RunFolder
 from train.sampling import sample_text
 from train.schedule import rate_factor
+from train.snapshot import Snapshot, whole_tokenizer
 from train.starting import final_fraction, new_model, seed_dropout
 
 
@@ -54,11 +58,9 @@ def train(config: TrainConfig, display: Display | None = None) -> TrainResult:
 
     Raises:
         ValueError: for settings, data or a folder that cannot be used.
-        Interrupted: after Ctrl-C, when everything is saved.
+        Interrupted: after Ctrl-C, when all is saved; after a second one, at once.
     """
     keep_freed_memory()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())  # Apple's GPUs have no float64
     if accelerator.num_processes > 1:
         raise ValueError(
@@ -67,26 +69,37 @@ def train(config: TrainConfig, display: Display | None = None) -> TrainResult:
         )
     own_display = Display() if display is None else nullcontext(display)
     with files.locked(config.folder), own_display as shown:
-        return _Run(config, shown, accelerator).run()
+        resumed = claim_folder(config, shown)
+        machine = choose_machine(config, shown.say)
+        with machine.in_use():
+            return _Run(config, shown, accelerator, machine, resumed).run()
 
 
 class _Run:
     """One run: built from its settings or its newest snapshot, then stepped to the end."""
 
-    def __init__(self, config: TrainConfig, display: Display, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        display: Display,
+        accelerator: Accelerator,
+        machine: Machine,
+        resumed: Snapshot | None,
+    ) -> None:
         self.config, self.display, self.folder = config, display, config.folder
-        resumed = claim_folder(config, display)
         self.data = prepare_data(
             config.data,
             config.column,
             config.tokenizer,
             config.vocab_size,
             display,
-            fixed_tokenizer=self.folder / files.TOKENIZER if resumed else None,
+            fixed_tokenizer=whole_tokenizer(self.folder, resumed.step) if resumed else None,
+            stream=config.stream,
         )
         if resumed is not None:
             check_data(self.folder, self.data.fingerprint)
-        self.batches = TrainingBatches(
+        self.carry = Carry() if config.carry_state else None
+        self.batches = (StretchBatches if config.carry_state else TrainingBatches)(
             self.data.train.tokens,
             context=config.context,
             batch_size=config.batch_size,
@@ -107,13 +120,29 @@ class _Run:
             files.fill(model, resumed.weights, f"The checkpoint in {self.folder}")
             optimizer.load_state_dict(resumed.optimizer)
             self.progress = Progress(**resumed.progress)
+            if self.carry is not None:
+                self.carry.restore(model, config.batch_size, resumed.extra)
         self.model: LanguageModel
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self._write_settings(model_config)
+        self.files = RunFolder(config, self.progress)
+        if machine.compile:
+            compiles = compile_blocks(
+                self.model, self._kinds_of_batches(), display.say, must=resumed is not None
+            )
+            machine = dataclasses.replace(machine, compile=compiles)
+        if resumed is not None:
+            self.files.go_on_from(resumed)
+        self.files.write_settings(model_config, self.data, machine)
         self.metrics = MetricsLog(self.folder / files.METRICS, self.progress.step)
 
     def run(self) -> TrainResult:
         """Steps to the end, or to an interrupt."""
+        try:
+            return self._run()
+        except KeyboardInterrupt:
+            raise Interrupted(f"Stopped at once; {self.files.how_to_go_on()}") from None
+
+    def _run(self) -> TrainResult:
         config, progress = self.config, self.progress
         every = config.eval_every or max(1, config.steps // 10)
         save_every = config.save_every or every
@@ -124,28 +153,33 @@ class _Run:
             stop_on_signal(self.display.say) as stop,
             self.display.noted_task("Step", config.steps, progress.step) as show,
         ):
-            note = ""
+            note, is_due = "", False
             while progress.step < config.steps and not stop.requested:
                 start = time.perf_counter()
-                loss, norm = self._step(self.batches[progress.step])
-                progress.add(loss, norm, time.perf_counter() - start)
+                batch = self.batches[progress.step]
+                loss, norm = self._step(batch)
+                num_bytes = int(self.data.token_bytes[batch.targets.numpy()].sum())
+                progress.add(loss, norm, config.clip, time.perf_counter() - start, num_bytes)
                 is_last = progress.step == config.steps
-                if progress.step % config.log_every == 0 or is_last:
+                is_given_up = progress.skipped_in_a_row >= config.max_skipped
+                if progress.step % config.log_every == 0 or is_last or is_given_up:
                     self._log()
+                if progress.skipped_in_a_row:
+                    self.files.look_at_skipped(loss, norm, self.display.say)
                 if progress.step % every == 0 or is_last:
                     validation = self._validate()
-                    note = f" val {validation.bits_per_byte:.3f} bits/byte"
+                    note = f" val {validation.bits_per_byte:.3f}"
                 if sample_every and (progress.step % sample_every == 0 or is_last):
                     self._show_sample()
-                if progress.step % save_every == 0 or is_last:
-                    self._save()
-                show(progress.step, self._note(loss) + note)
+                is_due |= progress.step % save_every == 0
+                if is_last or (is_due and not progress.skipped_in_a_row):
+                    self._save(is_good=True)
+                    is_due = False
+                show(progress.step, self._note(loss, num_bytes) + note)
             if progress.step < config.steps:
-                self._save()
-                raise Interrupted(
-                    f"Saved after step {progress.step} of {config.steps}; go on with: "
-                    f"ebb train --resume --out {shlex.quote(str(self.folder))}"
-                )
+                self._save(is_good=not progress.skipped_in_a_row)
+                done = f"Saved after step {progress.step} of {config.steps}"
+                raise Interrupted(f"{done}; {self.files.how_to_go_on()}")
         if validation is None:  # resumed when nothing was left to do
             validation = self._evaluate()
         return TrainResult(
@@ -157,7 +191,7 @@ class _Run:
         )
 
     def _step(self, batch: Batch) -> tuple[float, float]:
-        """One optimiser step; its loss and the norm of its gradient."""
+        """One step; its loss and the norm of its gradient, which is applied if both are finite."""
         device = self.accelerator.device
         inputs, targets = batch.inputs.to(device), batch.targets.to(device)
         reset = None if batch.reset is None else batch.reset.to(device)
@@ -171,13 +205,15 @@ class _Run:
         set_rate(self.optimizer, self.rate * factor)
         seed_dropout(self.config, self.progress.step)
         with torch.autocast(device.type, torch.bfloat16, enabled=_is_bf16(self.config.precision)):
-            loss = next_token_loss(self.model, inputs, targets, reset)
+            loss_of = next_token_loss if self.carry is None else self.carry.loss
+            loss = loss_of(self.model, inputs, targets, reset)
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         value, norm_value = float(loss.detach()), float(norm)
-        if not (math.isfinite(value) and math.isfinite(norm_value)):
-            raise self._diverged("loss or its gradient", self.progress.step + 1)
-        self.optimizer.step()
+        if is_applied(value, norm_value):
+            if self.carry is not None:
+                self.carry.keep()
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return value, norm_value
 
@@ -188,19 +224,16 @@ class _Run:
         return min(max(10, steps // 50), steps - 1)
 
     def _log(self) -> None:
-        loss, norm = statistics.fmean(self.progress.losses), self.progress.norm
-        self.progress.end_stretch(self.config.batch_size * self.config.context)
         self._write_metrics(
-            loss=loss,
-            gradient_norm=norm,
+            **self.progress.end_stretch(self.config.batch_size * self.config.context),
             learning_rate=self.optimizer.param_groups[0]["lr"]
             / self.optimizer.param_groups[0]["lr_scale"],
-            tokens_per_second=self.progress.speeds[-1],
         )
 
-    def _note(self, loss: float) -> str:
-        speed = f"{self.progress.speeds[-1]:,.0f} tokens/s " if self.progress.speeds else ""
-        return f"{speed}loss {loss:.3f}"
+    def _note(self, loss: float, num_bytes: int) -> str:
+        speed = f"{self.progress.speeds[-1]:,.0f} tok/s " if self.progress.speeds else ""
+        bits = bits_per_byte(loss * self.config.batch_size * self.config.context, num_bytes)
+        return f"{speed}loss {loss:.3f} {bits:.3f} bits/B"
 
     def _validation_batches(self) -> Any:
         return validation_batches(
@@ -213,19 +246,22 @@ class _Run:
 
     def _evaluate(self) -> Evaluation:
         """Loss on the validation text."""
-        return evaluate(self.model, self._validation_batches(), self.data.token_bytes)
+        with uncompiled():
+            return evaluate(self.model, self._validation_batches(), self.data.token_bytes)
 
     def _validate(self) -> Evaluation:
         """Loss on the validation text, written down; keeps the best weights; shows a sample."""
         result, progress = self._evaluate(), self.progress
         if not math.isfinite(result.loss):
-            raise self._diverged("validation loss", progress.step)
+            raise self.files.diverged(
+                f"The validation loss is not finite at step {progress.step:,}"
+            )
         self._write_metrics(
             validation_loss=result.loss, validation_bits_per_byte=result.bits_per_byte
         )
         if progress.best_loss is None or result.loss < progress.best_loss:
             progress.best_loss = result.loss
-            files.save_weights(self.folder / files.BEST, self.model.state_dict())
+            self.files.save_best(self.model.state_dict())
         self.display.say(
             f"step {progress.step:,}: validation {result.loss:.4f} nats/token, "
             f"{result.bits_per_byte:.4f} bits/byte"
@@ -233,16 +269,11 @@ class _Run:
         return result
 
     def _show_sample(self) -> None:
-        text = sample_text(
-            self.model, self.data.tokenizer, tokens=60, seed=self.config.seed, prompt="\n"
-        )
+        with uncompiled():
+            text = sample_text(
+                self.model, self.data.tokenizer, tokens=60, seed=self.config.seed, prompt="\n"
+            )
         self.display.say("  " + " ".join(text.split()), style="dim")
-
-    def _diverged(self, what: str, step: int) -> ValueError:
-        return ValueError(
-            f"The {what} is not finite at step {step}; the last checkpoint is as it was. Start "
-            "afresh with a lower --learning-rate or a longer --warmup."
-        )
 
     def _write_metrics(self, **values: float) -> None:
         step = self.progress.step
@@ -255,30 +286,17 @@ class _Run:
             }
         )
 
-    def _save(self) -> None:
-        """A snapshot to resume from, and the weights as `ebb generate` reads them."""
-        weights = self.model.state_dict()
-        files.save_snapshot(
-            self.folder,
-            files.Snapshot(
-                self.progress.step,
-                weights,
-                self.optimizer.state_dict(),
-                dataclasses.asdict(self.progress),
-            ),
+    def _save(self, *, is_good: bool) -> None:
+        carried = {} if self.carry is None else self.carry.tensors()
+        self.files.save(
+            self.model.state_dict(), self.optimizer.state_dict(), carried, is_good=is_good
         )
-        files.save_weights(self.folder / files.WEIGHTS, weights)
 
-    def _write_settings(self, model_config: ModelConfig) -> None:
-        files.save_json(
-            self.folder / files.CONFIG,
-            {
-                "model": model_config.to_dict(),
-                "train": self.config.to_dict(),
-                "data": {"name": self.data.name, "fingerprint": self.data.fingerprint},
-            },
-        )
-        files.write_atomically(self.folder / files.TOKENIZER, self.data.tokenizer.save)
+    def _kinds_of_batches(self) -> list[Batch]:
+        """One batch without the start of a document, and one with it."""
+        batch = self.batches[0]
+        starts = torch.zeros_like(batch.inputs, dtype=torch.bool)
+        return [batch._replace(reset=None), batch._replace(reset=starts)]
 
     def _announce(self) -> None:
         config, data = self.config, self.data

@@ -7,28 +7,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.language_model import LanguageModel
+from model.state import ModelState
 
 BLOCK = 2**22
 """Logits in memory at a time: 16 MB in float32."""
 
 
 def next_token_loss(
-    model: LanguageModel, inputs: Tensor, targets: Tensor, reset: Tensor | None = None
+    model: LanguageModel,
+    inputs: Tensor,
+    targets: Tensor,
+    reset: Tensor | None = None,
+    state: ModelState | None = None,
 ) -> Tensor:
-    """Mean of `-ln p(target)` over all tokens, in at least float32.
+    """As `loss_and_state`, the loss alone."""
+    return loss_and_state(model, inputs, targets, reset, state)[0]
+
+
+def loss_and_state(
+    model: LanguageModel,
+    inputs: Tensor,
+    targets: Tensor,
+    reset: Tensor | None = None,
+    state: ModelState | None = None,
+) -> tuple[Tensor, ModelState]:
+    """Mean of `-ln p(target)` over all tokens, in at least float32, and the state after them.
 
     Args:
         model: which predicts.
         inputs: `[B, T]` int64.
         targets: `[B, T]` int64, the token after each.
         reset: `[B, T]` bool, True where a token starts a document.
+        state: to go on from; None to start afresh.
     """
-    features, _ = model.features(inputs, reset=reset)
+    features, after = model.features(inputs, state, reset=reset)
     x, flat = features.flatten(0, 1), targets.flatten()
     if torch.is_autocast_enabled(x.device.type):
-        return F.cross_entropy(model.head(x).float(), flat)
+        return F.cross_entropy(model.head(x).float(), flat), after
     loss: Tensor = _LinearCrossEntropy.apply(x, model.head.weight, flat)  # type: ignore[no-untyped-call]  # torch's
-    return loss
+    return loss, after
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,10 @@ from data.corpora import Corpus, load_corpus
 from data.packing import PackedTokens, default_cache_dir, pack
 from data.tokenizers import Tokenizer, load_tokenizer
 from train.progress import Display
+
+BPE_BYTES = 1 << 26
+"""Text that a BPE is trained on, about, spread evenly over a longer one: its counts hold every
+word, numbers and names too, and grow with the text."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ def prepare_data(
     vocab_size: int | None,
     display: Display,
     fixed_tokenizer: Path | None = None,
+    stream: int | None = None,
 ) -> PreparedData:
     """Reads, tokenises and maps a corpus.
 
@@ -44,11 +50,12 @@ def prepare_data(
         vocab_size: of a `bpe` to train.
         display: for progress.
         fixed_tokenizer: a tokenizer.json that stands above the other settings: a resumed run's.
+        stream: of a hub data set, the first so many documents, as they come.
 
     Raises:
         ValueError: for data or a tokenizer that cannot be read.
     """
-    corpus = load_corpus(data, column=column)
+    corpus = load_corpus(data, column=column, stream=stream)
     cache = default_cache_dir()
     if fixed_tokenizer is not None:
         made = load_tokenizer(str(fixed_tokenizer))
@@ -69,8 +76,11 @@ def _cached_bpe(corpus: Corpus, vocab_size: int | None, cache: Path, display: Di
     path = cache / f"{key}.json"
     if path.exists():
         return load_tokenizer(str(path))
-    display.say(f"Training a byte-level BPE on {corpus.name} ...")
-    made = load_tokenizer("bpe", texts=corpus.train, vocab_size=vocab_size)
+    every = -(-corpus.num_bytes // BPE_BYTES)
+    part = "" if every == 1 else f"one in {every} pieces of "
+    display.say(f"Training a byte-level BPE on {part}{corpus.name} ...")
+    texts = islice(corpus.train.texts(), 0, None, every)
+    made = load_tokenizer("bpe", texts=texts, vocab_size=vocab_size)
     cache.mkdir(parents=True, exist_ok=True)
     made.save(path)
     return made

@@ -25,7 +25,7 @@ class Display:
         self._is_live = self.console.is_terminal
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=15),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(compact=True),  # a note of full length just fits 80 columns

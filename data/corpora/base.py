@@ -1,23 +1,63 @@
 """What a corpus is, and the ways to split documents that do not depend on luck or order."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain, compress
 
 import numpy as np
 
 from data.errors import DataError
+from data.tokenizers.cut import pieces
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Non-empty documents that can be read again and again: each iteration calls ``read``."""
+    """Non-empty documents that can be read again and again: each iteration calls ``read``.
 
-    read: Callable[[], Iterator[str]]
+    Attributes:
+        read: Gives the documents, empty ones too. One that may be too long for the memory comes as
+            an iterable of its parts, which is read to its end before the next document.
+    """
+
+    read: Callable[[], Iterator[str | Iterable[str]]]
 
     def __iter__(self) -> Iterator[str]:
-        return (text for text in self.read() if text)
+        """Whole documents."""
+        return (text if isinstance(text, str) else "".join(text) for text in self.unread())
+
+    def unread(self) -> Iterator[str | Iterable[str]]:
+        """The non-empty ones of ``read``; what is passed over is not read to its end."""
+        for document in self.read():
+            parts = iter([document] if isinstance(document, str) else document)
+            first = next(filter(None, parts), None)
+            if first is not None:
+                yield first if isinstance(document, str) else chain([first], parts)
+
+    def pieces(self) -> Iterator[tuple[str, bool]]:
+        """Documents in pieces of bounded size, and whether each is the last of its document."""
+        for document in self.unread():
+            cut = pieces(document)
+            piece = next(cut)
+            for following in cut:
+                yield piece, False
+                piece = following
+            yield piece, True
+
+    def texts(self) -> Iterator[str]:
+        """The same pieces alone."""
+        return (piece for piece, _ in self.pieces())
+
+    def digests(self) -> Iterator[tuple[bytes, int]]:
+        """The sha256 of each document in UTF-8, and its length in bytes."""
+        digest, num_bytes = hashlib.sha256(), 0
+        for piece, is_last in self.pieces():
+            encoded = piece.encode()
+            digest.update(encoded)
+            num_bytes += len(encoded)
+            if is_last:
+                yield digest.digest(), num_bytes
+                digest, num_bytes = hashlib.sha256(), 0
 
 
 @dataclass(frozen=True)
@@ -53,10 +93,9 @@ def make_corpus(name: str, train: Documents, validation: Documents) -> Corpus:
     for side, documents in (("training", train), ("validation", validation)):
         side_bytes = 0
         fingerprint.update(side.encode())
-        for text in documents:
-            encoded = text.encode()
-            side_bytes += len(encoded)
-            fingerprint.update(hashlib.sha256(encoded).digest())
+        for digest, size in documents.digests():
+            side_bytes += size
+            fingerprint.update(digest)
         if not side_bytes:
             raise DataError(
                 f"The {side} side of '{name}' would be empty: give more text, or documents that "
@@ -66,19 +105,13 @@ def make_corpus(name: str, train: Documents, validation: Documents) -> Corpus:
     return Corpus(name, train, validation, fingerprint.hexdigest(), num_bytes)
 
 
-def split_text(text: str, validation_fraction: float) -> tuple[str, str]:
-    """The first ``int(n * (1 - validation_fraction))`` characters, and the rest."""
-    cut = int(len(text) * (1 - validation_fraction))
-    return text[:cut], text[cut:]
-
-
 def split_by_hash(name: str, documents: Documents, validation_fraction: float) -> Corpus:
     """Split by whole document: those with the smallest hashes validate, at least one.
 
     The order of the documents plays no part, and equal documents fall on the same side.
     """
     keys = np.fromiter(
-        (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) for text in documents),
+        (int.from_bytes(digest[:8]) for digest, _ in documents.digests()),
         dtype=np.uint64,
     )
     if not keys.size:
@@ -87,6 +120,6 @@ def split_by_hash(name: str, documents: Documents, validation_fraction: float) -
     in_validation = keys <= np.partition(keys, count - 1)[count - 1]
     return make_corpus(
         name,
-        Documents(lambda: compress(documents, ~in_validation)),
-        Documents(lambda: compress(documents, in_validation)),
+        Documents(lambda: compress(documents.unread(), ~in_validation)),
+        Documents(lambda: compress(documents.unread(), in_validation)),
     )

@@ -30,20 +30,69 @@ def load_saved(folder: Path, column: str, validation_fraction: float) -> Corpus:
     return _to_corpus(folder.resolve().name, loaded, column, validation_fraction)
 
 
-def load_hub(source: str, column: str, validation_fraction: float) -> Corpus:
-    """Load ``org/name``, ``org/name:config``, ``org/name:config:split`` or ``org/name::split``."""
+def load_hub(
+    source: str, column: str, validation_fraction: float, stream: int | None = None
+) -> Corpus:
+    """Load ``org/name``, ``org/name:config``, ``org/name:config:split`` or ``org/name::split``.
+
+    With ``stream`` only the first documents of each split, as they come, without what follows. They
+    are kept in the cache of ``datasets``: asked for again, they are read from there.
+    """
     import datasets
 
     name, config, split = (*source.split(":"), "", "")[:3]
+    chosen = {"path": name, "name": config or None, "split": split or None}
     try:
-        loaded = datasets.load_dataset(name, config or None, split=split or None)
+        if stream is None:
+            loaded = datasets.load_dataset(**chosen)
+        else:
+            loaded = _first_rows(source, chosen, column, stream)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(mistake := error.__cause__ or error, DataError):
+            raise mistake from None  # about the column, met while the rows came
         raise DataError(
             f"'{source}' is no file or folder here, and the data set of that name could not be "
             f"loaded from the Hugging Face hub ({first_line(error)}): check the name and the "
             "connection, or give a path."
         ) from error
     return _to_corpus(source, loaded, column, validation_fraction)
+
+
+def _first_rows(source: str, chosen: dict[str, Any], column: str, count: int) -> Any:
+    """The first rows of a split, or of training and validation, as a data set of one column."""
+    import datasets
+
+    def first(split: str) -> Any:
+        return datasets.Dataset.from_generator(
+            _texts,
+            # Large: more than 2 GB of text fit. The names of all this are those of its cache.
+            features=datasets.Features({column: datasets.Value("large_string")}),
+            gen_kwargs={
+                "source": source,
+                "chosen": chosen | {"split": split},
+                "column": column,
+                "count": count,
+            },
+        )
+
+    if chosen["split"]:
+        return first(chosen["split"])
+    name = chosen["name"]
+    splits = datasets.get_dataset_split_names(chosen["path"], name)
+    wanted = [side for side in ("train", *_VALIDATION_NAMES) if side in splits]
+    return {split: first(split) for split in (wanted or splits)}
+
+
+def _texts(
+    source: str, chosen: dict[str, Any], column: str, count: int
+) -> Iterator[dict[str, str]]:
+    """The rows, with nothing but the column."""
+    import datasets
+
+    for row in datasets.load_dataset(**chosen, streaming=True).take(count):
+        if column not in row:
+            raise missing_column(column, f"'{source}'", row)
+        yield {column: check_text(row[column], column, f"'{source}'")}
 
 
 def _to_corpus(name: str, loaded: Any, column: str, validation_fraction: float) -> Corpus:

@@ -1,36 +1,49 @@
 """Plain text files: one, or many."""
 
+import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data.corpora.base import Corpus, Documents, make_corpus, split_by_hash, split_text
+from data.corpora.base import Corpus, Documents, make_corpus, split_by_hash
 from data.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".md")
 _MIN_FILES_FOR_WHOLE = 10
+_PART_BYTES = 1 << 20
 _SIDE = re.compile(r"(train)|(valid|validation|val|dev)")
 
 
-def read_text(path: Path) -> str:
-    """Read a whole UTF-8 file as it stands (line ends are kept; a byte order mark is not text).
+def read_parts(path: Path) -> Iterator[str]:
+    """A UTF-8 file as it stands, part by part (line ends are kept, a byte order mark is not text).
 
     Raises:
         DataError: The file cannot be opened, or is not UTF-8 text.
     """
+    decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+                done = len(codecs.BOM_UTF8)
+            file.seek(done)
+            while raw := file.read(_PART_BYTES):
+                begun = len(decoder.getstate()[0])  # of a character whose end was not read yet
+                yield _without_nul(decoder.decode(raw), path)
+                done += len(raw)
+            begun = len(decoder.getstate()[0])
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"'{path}' is not UTF-8 text (byte {done - begun + error.start}): convert it to UTF-8, "
+            "or unpack it if it is compressed."
+        ) from error
     except OSError as error:
         raise DataError(
             f"'{path}' cannot be read ({error.strerror}): check the file and its permissions."
         ) from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"'{path}' is not UTF-8 text (byte {error.start}): convert it to UTF-8, or unpack it "
-            "if it is compressed."
-        ) from error
+
+
+def _without_nul(text: str, path: Path) -> str:
     if "\0" in text:
         raise DataError(
             f"'{path}' is a binary file (it holds NUL bytes): give text in UTF-8, or a .jsonl, "
@@ -58,11 +71,9 @@ def load_text_file(path: Path, validation_fraction: float) -> Corpus:
     """One document on each side: the beginning of the file and its end."""
     if not path.is_file():
         raise DataError(f"'{path}' is not a regular file: give a text file or a folder of them.")
-    text = read_text(path)
-    if not text:
+    if next(read_parts(path), None) is None:
         raise DataError(f"'{path}' is empty: give a file with text in it.")
-    head, tail = split_text(text, validation_fraction)
-    return make_corpus(path.name, Documents(lambda: iter([head])), Documents(lambda: iter([tail])))
+    return make_corpus(path.name, *_both_ends([path], validation_fraction))
 
 
 def load_text_files(
@@ -80,15 +91,7 @@ def load_text_files(
         return make_corpus(name, _whole(sides[0]), _whole(sides[1]))
     if len(paths) >= _MIN_FILES_FOR_WHOLE:
         return split_by_hash(name, _whole(paths), validation_fraction)
-    halves = [
-        Documents(
-            lambda side=side: (  # type: ignore[misc]
-                split_text(read_text(path), validation_fraction)[side] for path in paths
-            )
-        )
-        for side in (0, 1)
-    ]
-    return make_corpus(name, halves[0], halves[1])
+    return make_corpus(name, *_both_ends(paths, validation_fraction))
 
 
 def own_split_message(name: str) -> str:
@@ -100,4 +103,27 @@ def own_split_message(name: str) -> str:
 
 
 def _whole(paths: Sequence[Path]) -> Documents:
-    return Documents(lambda: map(read_text, paths))
+    return Documents(lambda: map(read_parts, paths))
+
+
+def _both_ends(paths: Sequence[Path], validation_fraction: float) -> tuple[Documents, Documents]:
+    """The first ``int(n * (1 - validation_fraction))`` characters of each file, and the rest."""
+    cuts = [int(sum(map(len, read_parts(path))) * (1 - validation_fraction)) for path in paths]
+    return (
+        Documents(lambda: (_up_to(cut, path) for cut, path in zip(cuts, paths, strict=True))),
+        Documents(lambda: (_from(cut, path) for cut, path in zip(cuts, paths, strict=True))),
+    )
+
+
+def _up_to(cut: int, path: Path) -> Iterator[str]:
+    for part in read_parts(path):
+        yield part[:cut]
+        cut -= len(part)
+        if cut <= 0:
+            return
+
+
+def _from(cut: int, path: Path) -> Iterator[str]:
+    for part in read_parts(path):
+        yield part[max(cut, 0) :]
+        cut -= len(part)

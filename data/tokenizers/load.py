@@ -8,7 +8,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from data.errors import DataError, first_line
 from data.tokenizers.byte_level import END, byte_characters, byte_inner
-from data.tokenizers.cut import pieces
+from data.tokenizers.cut import pieces, without_long_words
 from data.tokenizers.tokenizer import Tokenizer
 from data.tokenizers.world import is_world_file, world_inner
 
@@ -41,7 +41,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         special_tokens=[AddedToken(END, special=True, normalized=False)],
         initial_alphabet=sorted(byte_characters()),
     )
-    inner.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
+    cut = (part for text in texts for piece in pieces(text) for part in without_long_words(piece))
+    inner.train_from_iterator(cut, trainer)
     return Tokenizer(inner)
 
 

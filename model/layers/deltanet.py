@@ -71,9 +71,9 @@ class DeltaNet(Layer):
         self, x: Tensor, state: DeltaNetState, context: Context
     ) -> tuple[Tensor, DeltaNetState]:
         """`[B, T, D]` -> `[B, T, D]`."""
-        joined = torch.cat([self.query(x), self.key(x), self.value(x)], dim=-1)
-        joined, window = self.convolution(joined, state.window, context.reset)
-        q, k, v = rearrange(joined, "b t (n h k) -> n b t h k", n=3, h=self.num_heads)
+        projected = [self.query(x), self.key(x), self.value(x)]
+        convolved, window = self.convolution(projected, state.window, context.reset)
+        q, k, v = (rearrange(y, "b t (h k) -> b t h k", h=self.num_heads) for y in convolved)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         beta = self.strength * torch.sigmoid(self.beta(x))[..., None]
         log_decay = self.log_decay(x)
@@ -90,7 +90,7 @@ class DeltaNet(Layer):
             scale=self.head_dim**-0.5,
             initial_state=state.matrix,
         )
-        return self.output(self.gated(self.head_norm(o), x)), DeltaNetState(window, matrix)
+        return self.output(self.head_norm(o, self.gate_of(x))), DeltaNetState(window, matrix)
 
     def describe_step(
         self, program: Program, x: Vector, state: DeltaNetState, residual: Vector
@@ -129,16 +129,16 @@ class DeltaNet(Layer):
         program.multiply(self.output.weight, y, out=residual, add=True)
 
     def described_decay_and_gate(self, program: Program, x: Vector, rule: HeadRule) -> HeadRule:
-        """The native step of `log_decay` and `gated`."""
+        """The native step of `log_decay` and `gate_of`."""
         return rule
 
     def log_decay(self, x: Tensor) -> Tensor | None:
         """`[B, T, H]`; None for no decay."""
         return None
 
-    def gated(self, y: Tensor, x: Tensor) -> Tensor:
-        """What becomes of the heads' outputs `[B, T, D]` before the projection."""
-        return y
+    def gate_of(self, x: Tensor) -> Tensor | None:
+        """`[B, T, D]`, whose silu gates the heads' outputs; None for no gate."""
+        return None
 
     def initialize(self, layer: int, num_layers: int) -> None:
         """GPT-2's, and the convolution's own."""
@@ -167,12 +167,13 @@ class GatedDeltaNet(DeltaNet):
         """`[B, T, H]`."""
         return -self.decay_rate.exp() * F.softplus(self.decay(x) + self.decay_bias)
 
-    def gated(self, y: Tensor, x: Tensor) -> Tensor:
-        """Times `silu(W_g x)`."""
-        return y * F.silu(self.gate(x))
+    def gate_of(self, x: Tensor) -> Tensor:
+        """`W_g x`."""
+        y: Tensor = self.gate(x)
+        return y
 
     def described_decay_and_gate(self, program: Program, x: Vector, rule: HeadRule) -> HeadRule:
-        """The native step of `log_decay` and `gated`."""
+        """The native step of `log_decay` and `gate_of`."""
         return replace(
             rule,
             log_decay=program.multiply(

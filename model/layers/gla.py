@@ -93,7 +93,7 @@ class GLA(Layer):
             scale=self.key_dim**-0.5,
             initial_state=state.matrix,
         )
-        y = self.output(self.head_norm(o) * F.silu(self.gate(x)))
+        y = self.output(self.head_norm(o, self.gate(x)))
         return y, MatrixState(matrix)
 
     def describe_step(

@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from model.config import MixerOptions, ModelConfig
@@ -14,6 +14,7 @@ from model.layers.initializers import inverse_softplus
 from model.layers.layer import Context, Layer, at_least_single
 from model.layers.norm import RMSNorm
 from model.layers.short_convolution import ShortConvolution
+from model.ops import fused
 from model.ops.native.instructions import HeadRule, Vector
 from model.ops.native.program import Program
 
@@ -107,27 +108,24 @@ class Mamba2(Layer):
     ) -> tuple[Tensor, Mamba2State]:
         """`[B, T, D]` -> `[B, T, D]`."""
         shared = self.groups * self.state_size
-        z, convolved, steps = self.input(x).split(
-            [self.inner, self.inner + 2 * shared, self.num_heads], dim=-1
-        )
-        convolved, window = self.convolution(convolved, state.window, context.reset)
-        value, b, c = convolved.split([self.inner, shared, shared], dim=-1)
+        # One product for each part: a slice of them all would have to be copied.
+        widths = [self.inner, self.inner, shared, shared, self.num_heads]
+        z, *parts, steps = (F.linear(x, w) for w in torch.split(self.input.weight, widths))
+        (value, b, c), window = self.convolution(parts, state.window, context.reset)
         value = rearrange(value, "b t (h p) -> b t h p", h=self.num_heads)
-        b, c = (
-            repeat(y, "b t (g n) -> b t (g r) n", g=self.groups, r=self.num_heads // self.groups)
-            for y in (b, c)
-        )
+        b, c = (rearrange(y, "b t (g n) -> b t g n", g=self.groups) for y in (b, c))
         step = F.softplus(steps + self.step_bias)
         o, matrix = context.run(
             "additive",
             c,
             b,
-            value * step[..., None],
+            fused.scaled_heads(value, step),
             log_decay=-self.decay_rate.exp() * step,
             initial_state=state.matrix,
         )
-        y = (o + self.skip[:, None] * value).flatten(-2)
-        return self.output(self.norm(y * F.silu(z))), Mamba2State(window, matrix)
+        assert self.norm.eps is not None
+        y = fused.skip_norm(o, value, z, self.skip, self.norm.weight, self.norm.eps)
+        return self.output(y), Mamba2State(window, matrix)
 
     def describe_step(
         self, program: Program, x: Vector, state: Mamba2State, residual: Vector

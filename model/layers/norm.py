@@ -68,7 +68,6 @@ class HeadRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(value_dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, H, V]` -> `[B, T, H V]`."""
-        normalised = F.rms_norm(x, x.shape[-1:], eps=self.eps)
-        return (normalised * self.weight).flatten(-2)
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """`[B, T, H, V]` -> `[B, T, H V]`, by choice times the silu of a gate of that shape."""
+        return fused.head_rms_norm(x, self.weight, self.eps, gate)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -87,7 +86,7 @@ class RetNet(Layer):
             scale=self.head_dim**-0.5,
             initial_state=state.matrix,
         )
-        y = self.output(self.head_norm(o) * F.silu(self.gate(x)))
+        y = self.output(self.head_norm(o, self.gate(x)))
         return y, RetNetState(matrix, position[:, -1] + 1)
 
     def describe_step(

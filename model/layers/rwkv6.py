@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from model.config import MixerOptions, ModelConfig
@@ -12,7 +11,8 @@ from model.layers.initializers import depth, orthogonal_, ramps
 from model.layers.layer import Context
 from model.layers.low_rank import LowRank
 from model.layers.rwkv import RWKVHeads, RWKVOptions, RWKVState, decay_ramp, zigzag
-from model.layers.token_shift import token_shift
+from model.layers.token_shift import interpolations
+from model.ops import fused
 from model.ops.native.instructions import Vector
 from model.ops.native.program import Program
 
@@ -48,12 +48,12 @@ class RWKV6(RWKVHeads):
 
     def forward(self, x: Tensor, state: RWKVState, context: Context) -> tuple[Tensor, RWKVState]:
         """`[B, T, D]` -> `[B, T, D]`."""
-        previous, last = token_shift(x, state.shift, context.reset)
-        difference = previous - x
-        low = torch.tanh(torch.addcmul(x, difference, self.mix_base) @ self.mix_down)
-        low = rearrange(low, "b t (m r) -> m b t r", m=5)
-        offsets = torch.einsum("mbtr,mrd->mbtd", low, self.mix_up) + self.mix[:, None, None]
-        x_decay, x_key, x_value, x_receptance, x_gate = (x + difference * offsets).unbind()
+        (mixed,), last = interpolations(x, state.shift, self.mix_base[None], context.reset)
+        low = torch.tanh(mixed @ self.mix_down).chunk(len(self.mix), dim=-1)
+        offsets = [part @ up for part, up in zip(low, self.mix_up, strict=True)]
+        x_decay, x_key, x_value, x_receptance, x_gate = fused.varied_interpolations(
+            x, state.shift, self.mix, offsets, context.reset
+        )
 
         o, matrix = context.run(
             "additive",

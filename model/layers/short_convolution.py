@@ -1,8 +1,12 @@
 """A short causal convolution over time, a channel by itself (Mamba, arXiv 2312.00752, figure 3)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.ops import fused
 
 
 class ShortConvolution(nn.Module):
@@ -25,36 +29,39 @@ class ShortConvolution(nn.Module):
         size, channels = self.taps.shape
         return self.taps.new_zeros(batch_size, size - 1, channels)
 
-    def forward(self, x: Tensor, window: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, parts: Sequence[Tensor], window: Tensor, reset: Tensor | None
+    ) -> tuple[list[Tensor], Tensor]:
         """Convolves.
 
         Args:
-            x: `[B, T, D]`.
+            parts: tensors `[B, T, .]`, one for each stretch of the D channels, in their order.
             window: `[B, size - 1, D]`, the tokens before, oldest first.
             reset: `[B, T]` bool or None; a token sees none before the start of its document.
 
         Returns:
-            `[B, T, D]`, and the window after the last token.
+            Tensors as the parts, and the window after the last token.
         """
-        time, size = x.shape[1], self.taps.shape[0]
-        padded = torch.cat([window.to(x.dtype), x], dim=1)
-        document = None
-        if reset is not None:  # counted from the first token; the window belongs to number 0
-            document = F.pad(reset.long().cumsum(dim=1), (size - 1, 0))
-        y = x * self.taps[0]
-        for lag in range(1, size):
-            begin = size - 1 - lag
-            before = padded[:, begin : begin + time]
-            if document is not None:
-                other = document[:, begin : begin + time] != document[:, size - 1 :]
-                before = before.masked_fill(other[..., None], 0.0)
-            y = torch.addcmul(y, before, self.taps[lag])
-        if self.bias is not None:
-            y = y + self.bias
-        kept = padded[:, time:]
-        if document is not None:
-            kept = kept.masked_fill((document[:, time:] != document[:, -1:])[..., None], 0.0)
-        return F.silu(y), kept
+        widths = [part.shape[-1] for part in parts]
+        windows, taps = (torch.split(x, widths, dim=-1) for x in (window, self.taps))
+        biases = [None] * len(parts) if self.bias is None else torch.split(self.bias, widths)
+        convolved = [
+            fused.short_convolution(*of_part, reset)
+            for of_part in zip(parts, windows, taps, biases, strict=True)
+        ]
+        return convolved, self._next_window(parts, window, reset)
+
+    @staticmethod
+    def _next_window(parts: Sequence[Tensor], window: Tensor, reset: Tensor | None) -> Tensor:
+        """The last tokens, oldest first; zeros for those of another document than the last's."""
+        size, time = window.shape[1], parts[0].shape[1]
+        last = torch.cat([part[:, max(0, time - size) :] for part in parts], dim=-1)
+        kept = torch.cat([window.to(last.dtype), last], dim=1)[:, last.shape[1] :]
+        if reset is None:
+            return kept
+        starts = F.pad(reset, (size, 0))[:, time:]
+        started_later = starts.flip(1).cumsum(1).flip(1) - starts.long()
+        return kept.masked_fill(started_later.bool()[..., None], 0.0)
 
     def initialize(self) -> None:
         """As PyTorch's Conv1d with one input channel: uniform within `1 / sqrt(size)`."""

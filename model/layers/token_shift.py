@@ -2,21 +2,7 @@
 
 from torch import Tensor
 
-from model.ops import elementwise, fused
-
-
-def token_shift(x: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The token before each token.
-
-    Args:
-        x: `[B, T, D]`.
-        last: `[B, D]`, the token before the first: the carried state.
-        reset: `[B, T]` bool or None; nothing stands before a token that starts a document.
-
-    Returns:
-        `x_prev [B, T, D]`, and the last token `[B, D]` as the next state.
-    """
-    return elementwise.shifted(x, last, reset), x[:, -1]
+from model.ops import fused
 
 
 def interpolations(

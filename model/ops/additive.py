@@ -38,8 +38,9 @@ def recurrent_additive(
     """The definition: one token after the other.
 
     Args:
-        q: `[B, T, H, K]`, what to read.
-        k: `[B, T, H, K]`, where to write.
+        q: `[B, T, H, K]`, what to read. Fewer heads are each shared by as many neighbours of v's
+            (Mamba-2's groups), without bonus and with at most one decay a head.
+        k: of q's shape, where to write.
         v: `[B, T, H, V]`, what to write.
         log_decay: `[B, T, H]` (one a head) or `[B, T, H, K]` (one a key channel), natural log,
             <= 0, -inf allowed; None for no decay.
@@ -166,6 +167,17 @@ def check_arguments(
     Raises:
         ValueError: naming the argument.
     """
+    if k.dim() == 4 and v.dim() == 4 and k.shape[2] != v.shape[2]:
+        heads, shared = v.shape[2], k.shape[2]
+        by_channel = log_decay is not None and log_decay.dim() == 4
+        if not 0 < shared < heads or heads % shared or bonus is not None or by_channel:
+            raise ValueError(
+                f"q and k have {shared} heads and v has {heads}: they can be shared by a whole "
+                "number of heads each, without bonus and decays of channels"
+            )
+        if q.shape != k.shape:
+            raise ValueError(f"q must be {[*k.shape]} as k is, but is {[*q.shape]}")
+        q, k = (x[:, :, :1].expand(-1, -1, heads, -1) for x in (q, k))
     check_shapes(
         q,
         k,
@@ -197,7 +209,10 @@ def _prepare(
     check_arguments(q, k, v, log_decay, bonus, normalize, reset, initial_state)
     width = v.shape[-1] + normalize
     dtype = state_dtype(q, k, v)
-    batch, _, heads, key_dim = k.shape
+    batch, _, heads, _ = v.shape
+    key_dim = k.shape[-1]
+    if k.shape[2] != heads:
+        q, k = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
     values = F.pad(v.to(dtype), (0, 1), value=1.0) if normalize else v.to(dtype)
     if initial_state is None:
         state = values.new_zeros(batch, heads, key_dim, width)

@@ -5,6 +5,7 @@ are there. Shape legend: B batch, T time, H heads, K key dim, D = H K width, M t
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,59 @@ def interpolations(x: Tensor, last: Tensor, mix: Tensor, reset: Tensor | None) -
     """
     difference = shifted(x, last, reset) - x
     return [torch.addcmul(x, difference, row) for row in mix.unbind()]
+
+
+def varied_interpolations(
+    x: Tensor, last: Tensor, mix: Tensor, offsets: Sequence[Tensor], reset: Tensor | None
+) -> list[Tensor]:
+    """Token shift by the data: `x + (x_prev - x) (mix_m + offset_m)` for every m.
+
+    RWKV-6, arXiv 2404.05892, section 4.2.
+
+    Args:
+        x: `[B, T, D]`.
+        last: `[B, D]`, the token before the first.
+        mix: `[M, D]`, the part of the token before.
+        offsets: M tensors `[B, T, D]`.
+        reset: `[B, T]` bool or None.
+
+    Returns:
+        M tensors `[B, T, D]`.
+    """
+    difference = shifted(x, last, reset) - x
+    parts = zip(mix.unbind(), offsets, strict=True)
+    return [torch.addcmul(x, difference, row + offset) for row, offset in parts]
+
+
+def short_convolution(
+    x: Tensor, window: Tensor, taps: Tensor, bias: Tensor | None, reset: Tensor | None
+) -> Tensor:
+    """`silu(bias + sum_j taps_j x_{t-j})`, a channel by itself (arXiv 2312.00752, figure 3).
+
+    Args:
+        x: `[B, T, D]`.
+        window: `[B, size - 1, D]`, the tokens before, oldest first.
+        taps: `[size, D]`, the token's own first.
+        bias: `[D]` or None.
+        reset: `[B, T]` bool or None; a token sees none before the start of its document.
+
+    Returns:
+        `[B, T, D]`.
+    """
+    time, size = x.shape[1], taps.shape[0]
+    padded = torch.cat([window.to(x.dtype), x], dim=1)
+    document = None
+    if reset is not None:  # counted from the first token; the window belongs to number 0
+        document = F.pad(reset.long().cumsum(dim=1), (size - 1, 0))
+    y = x * taps[0]
+    for lag in range(1, size):
+        begin = size - 1 - lag
+        before = padded[:, begin : begin + time]
+        if document is not None:
+            other = document[:, begin : begin + time] != document[:, size - 1 :]
+            before = before.masked_fill(other[..., None], 0.0)
+        y = torch.addcmul(y, before, taps[lag])
+    return F.silu(y if bias is None else y + bias)
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -185,6 +239,49 @@ def gated_head_norm(
         amount = (own.receptance * own.key * own.bonus).sum(dim=-1, keepdim=True)
         y = y + (amount * own.value).flatten(-2)
     return y * (F.silu(gate) if silu else gate)
+
+
+def head_rms_norm(o: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
+    """RMSNorm over each head with the same weights, by choice times a gate's silu.
+
+    Args:
+        o: `[B, T, H, V]`.
+        weight: `[V]`.
+        eps: added to the mean of the squares.
+        gate: `[B, T, H V]` or None.
+
+    Returns:
+        `[B, T, H V]`.
+    """
+    normed = (F.rms_norm(o, o.shape[-1:], eps=eps) * weight).flatten(-2)
+    return normed if gate is None else normed * F.silu(gate)
+
+
+def skip_norm(
+    o: Tensor, x: Tensor, gate: Tensor, skip: Tensor, weight: Tensor, eps: float
+) -> Tensor:
+    """What Mamba-2 does behind its recurrence: `RMSNorm((o + skip x) silu(gate))`.
+
+    Mamba-2, arXiv 2405.21060, section 7.1: the norm comes behind the gate.
+
+    Args:
+        o: `[B, T, H, V]`.
+        x: `[B, T, H, V]`, what the recurrence was given.
+        gate: `[B, T, H V]`.
+        skip: `[H]`.
+        weight: `[H V]`.
+        eps: added to the mean of the squares.
+
+    Returns:
+        `[B, T, H V]`.
+    """
+    y = (o + skip[:, None] * x).flatten(-2)
+    return F.rms_norm(y * F.silu(gate), weight.shape, weight, eps)
+
+
+def scaled_heads(x: Tensor, factor: Tensor) -> Tensor:
+    """`x [B, T, H, V]` times a number a head, `[B, T, H]`."""
+    return x * factor[..., None]
 
 
 def squared_relu(x: Tensor) -> Tensor:

@@ -19,12 +19,17 @@ __all__ = [
     "RWKV7Inputs",
     "ValueResidual",
     "gated_head_norm",
+    "head_rms_norm",
     "interpolations",
     "norm",
     "norm_of_sum",
     "rwkv7_inputs",
+    "scaled_heads",
+    "short_convolution",
+    "skip_norm",
     "squared_relu",
     "swiglu",
+    "varied_interpolations",
 ]
 
 
@@ -44,6 +49,28 @@ def interpolations(x: Tensor, last: Tensor, mix: Tensor, reset: Tensor | None) -
     if not _is_native((x, last, mix)):
         return elementwise.interpolations(x, last, mix, reset)
     return [*run_rows("shift", (x, last, mix), reset)]
+
+
+def varied_interpolations(
+    x: Tensor, last: Tensor, mix: Tensor, offsets: Sequence[Tensor], reset: Tensor | None
+) -> list[Tensor]:
+    """Token shift by the data; `elementwise.varied_interpolations`."""
+    last = last.to(x.dtype)
+    tensors = (x, last, mix, *offsets)
+    if not _is_native(tensors):
+        return elementwise.varied_interpolations(x, last, mix, offsets, reset)
+    return [*run_rows("shift", tensors, reset)]
+
+
+def short_convolution(
+    x: Tensor, window: Tensor, taps: Tensor, bias: Tensor | None, reset: Tensor | None
+) -> Tensor:
+    """A short causal convolution and its silu; `elementwise.short_convolution`."""
+    window = window.to(x.dtype)
+    tensors = [x, window, taps] if bias is None else [x, window, taps, bias]
+    if not _is_native(tensors):
+        return elementwise.short_convolution(x, window, taps, bias, reset)
+    return run_rows("convolution", tensors, reset, choice=taps.shape[0])[0]
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -115,6 +142,31 @@ def gated_head_norm(
         return elementwise.gated_head_norm(o, gate, weight, bias, eps, own=own, silu=silu)
     flat = [o.flatten(-2), gate, weight, bias, *(x.flatten(-2) for x in own or ())]
     return run_rows("head_norm", flat, heads=o.shape[2], eps=eps, choice=int(silu))[0]
+
+
+def head_rms_norm(o: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
+    """RMSNorm over each head, by choice times a gate's silu; `elementwise.head_rms_norm`."""
+    rest = [weight] if gate is None else [weight, gate]
+    if not _is_native((o, *rest)):
+        return elementwise.head_rms_norm(o, weight, eps, gate)
+    return run_rows("head_rms", (o.flatten(-2), *rest), heads=o.shape[2], eps=eps)[0]
+
+
+def skip_norm(
+    o: Tensor, x: Tensor, gate: Tensor, skip: Tensor, weight: Tensor, eps: float
+) -> Tensor:
+    """RMSNorm behind skip and gate; `elementwise.skip_norm`."""
+    if not _is_native((o, x, gate, skip, weight)):
+        return elementwise.skip_norm(o, x, gate, skip, weight, eps)
+    flat = (o.flatten(-2), x.flatten(-2), gate, skip, weight)
+    return run_rows("skip_norm", flat, heads=o.shape[2], eps=eps)[0]
+
+
+def scaled_heads(x: Tensor, factor: Tensor) -> Tensor:
+    """Times a number a head; `elementwise.scaled_heads`."""
+    if not _is_native((x, factor)):
+        return elementwise.scaled_heads(x, factor)
+    return run_rows("head_scale", (x.flatten(-2), factor), heads=x.shape[2])[0].view_as(x)
 
 
 def squared_relu(x: Tensor) -> Tensor:

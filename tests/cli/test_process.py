@@ -53,7 +53,7 @@ def test_terminal_shows_a_live_bar_and_results_go_to_stdout(shop):
     assert status == 0, shown
     frames = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", frame) for frame in shown.split("\r")]
     bar = re.compile(
-        r"Step \S+ \d+/60 [\d,]+ tokens/s loss \d\.\d{3} val \d\.\d{3} bits/byte \S+ left"
+        r"Step \S+ \d+/60 [\d,]+ tok/s loss \d\.\d{3} \d\.\d{3} bits/B val \d\.\d{3} \S+ left"
     )
     assert any(bar.search(frame) for frame in frames), frames[-20:]
     assert "\x1b[?25l" in shown, "the bar is not live"
@@ -117,7 +117,7 @@ def test_long_numbers_fit_80_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    note = "12,345 tokens/s loss 2.123 val 1.456 bits/byte"
+    note = "12,345 tok/s loss 2.123 1.789 bits/B val 1.456"
     with Display() as display, display.noted_task("Step", 20000, 10000) as show:
         show(15000, note)
         time.sleep(0.25)  # it is drawn ten times a second
@@ -129,10 +129,10 @@ def test_long_numbers_fit_80_columns(capsys, monkeypatch):
 def test_lines_in_place_of_a_bar(capsys, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     with Display() as display, display.noted_task("Step", 2000, 500) as show:
-        show(1250, "1,234 tokens/s loss 3.210 val 2.100 bits/byte")
+        show(1250, "1,234 tok/s loss 3.210 2.200 bits/B val 2.100")
         show(2000, "")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("Step  1,250/2,000  1,234 tokens/s loss 3.210 val 2.100 bits")
+    assert lines[0].startswith("Step  1,250/2,000  1,234 tok/s loss 3.210 2.200 bits/B val ")
     assert re.search(r"  \d:\d\d left$", lines[0])
     assert lines[1].startswith("Step  2,000/2,000")
 

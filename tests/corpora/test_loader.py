@@ -80,9 +80,9 @@ def test_batch_larger_than_an_epoch_takes_windows_of_several():
     assert batches[7].inputs.tolist() == [list(range(8))] * 5
 
 
-def test_reset_is_where_a_document_starts():
+def test_reset_is_at_every_end_token():
     tokens = np.array([1, 2, 9, 3, 9, 9, 4, 5, 6, 7, 8, 1, 2], dtype=np.uint16)
-    starts = {0, 3, 5, 6}
+    ends = {2, 4, 5}
     batches = [
         *(TrainingBatches(tokens, context=3, batch_size=2, seed=s, end_id=9)[s] for s in range(9)),
         *validation_batches(tokens, context=3, batch_size=2, end_id=9),
@@ -94,13 +94,13 @@ def test_reset_is_where_a_document_starts():
             # Three tokens and the next are found at one place only in this text.
             window = [*batch.inputs[row].tolist(), int(batch.targets[row, -1])]
             [at] = [i for i in range(13) if tokens[i : i + len(window)].tolist() == window]
-            reset = [at + j in starts for j in range(len(window) - 1)]
+            reset = [at + j in ends for j in range(len(window) - 1)]
             seen |= {at + j for j, value in enumerate(reset) if value}
             assert reset == (
                 [False] * len(reset) if batch.reset is None else batch.reset[row].tolist()
             )
         assert batch.reset is None or (batch.reset.any() and batch.reset.dtype == torch.bool)
-    assert seen == starts
+    assert seen == ends
     last = list(sequential_stretches(tokens, context=3, end_id=9))[-1]
     assert last.reset is None
 

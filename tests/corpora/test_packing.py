@@ -109,6 +109,16 @@ def test_interrupt_leaves_nothing(corpus, tmp_path):
     assert entries(tmp_path / "cache") == [".lock"]
 
 
+def test_text_that_changes_after_it_was_read_is_refused(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("some text " * 100)
+    corpus = load_corpus(str(path))
+    path.write_text("some text " * 150)
+    with pytest.raises(DataError, match=r"'a.txt' has changed while it was read"):
+        pack(corpus, byte_tokenizer(), tmp_path / "cache")
+    assert entries(tmp_path / "cache") == [".lock"]
+
+
 def test_full_disk_gives_one_sentence_and_leaves_nothing(tmp_path):
     (tmp_path / "a.txt").write_text("some text " * 100_000)
     script = (
@@ -153,19 +163,25 @@ def test_racing_processes_write_once(tmp_path):
     assert entries(tmp_path / "cache") == [".lock", "folder"]
 
 
-def test_long_document_takes_bounded_memory(tmp_path):
-    (tmp_path / "a.txt").write_text("a few words of text, again and again\n" * 200_000)
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    """From the file to the batches of an epoch: the text is 40 MB, its tokens 80 MB."""
+    (tmp_path / "a.txt").write_bytes(b"a few words of text, again and again\n" * 1_100_000)
     script = (
-        "import resource, sys; from pathlib import Path\n"
+        "import sys; from pathlib import Path\n"
         "from data.corpora import load_corpus; from data.packing import pack\n"
-        "from data.tokenizers import train_bpe\n"
-        "corpus, tokenizer = load_corpus(sys.argv[1]), train_bpe(['a few words of text'], 300)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "pack(corpus, tokenizer, Path(sys.argv[2]))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "from data.loader import TrainingBatches; from data.tokenizers import byte_tokenizer\n"
+        "def peak():\n"
+        "    lines = Path('/proc/self/status').read_text().splitlines()\n"
+        "    return next(int(x.split()[1]) for x in lines if x.startswith('VmHWM'))\n"
+        "before = peak()\n"
+        "train, _ = pack(load_corpus(sys.argv[1]), byte_tokenizer(), Path(sys.argv[2]))\n"
+        "batches = TrainingBatches(train.tokens, context=512, batch_size=64, seed=0, end_id=256)\n"
+        "for step in range(batches.steps_per_epoch): batches[step]\n"
+        "print(train.tokens.size, peak() - before)"
     )
-    kilobytes = int(run(script, tmp_path / "a.txt", tmp_path / "cache"))
-    assert kilobytes < 600_000
+    tokens, kilobytes = map(int, run(script, tmp_path / "a.txt", tmp_path / "cache").split())
+    assert tokens > 36_000_000
+    assert kilobytes < 45_000
 
 
 def test_default_cache_dir(monkeypatch, tmp_path):

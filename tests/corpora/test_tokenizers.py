@@ -73,6 +73,14 @@ def test_round_trip(tokenizer, text):
     assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
 
 
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
+def test_round_trip_with_byte_fallback(text):
+    """Of all but the character that stands for a space in such a file: it comes back as one."""
+    ids = FALLBACK.encode(text)
+    assert FALLBACK.decode(ids) == text
+    assert FALLBACK.end_id not in ids
+
+
 @BYTE_LEVEL
 @given(data=st.data())
 def test_stream_equals_whole_for_any_ids(tokenizer, data):

@@ -48,6 +48,57 @@ def shift(x, reset):
     return tensors, lambda room: lambda *given: room.interpolations(*given, starts)
 
 
+def varied_shift(x, reset):
+    tensors = [x.rows(), x.normal(x.batch, x.width), x.normal(5, x.width)]
+    tensors += [x.rows() for _ in range(5)]
+    starts = x.reset() if reset else None
+
+    def of(room):
+        def piece(token, last, mix, *offsets):
+            return room.varied_interpolations(token, last, mix, offsets, starts)
+
+        return piece
+
+    return tensors, of
+
+
+def convolution(x, size, has_bias, reset):
+    tensors = [x.rows(), x.normal(x.batch, size - 1, x.width), x.normal(size, x.width)]
+    tensors += [x.parameter() for _ in range(has_bias)]
+    starts = x.reset() if reset else None
+
+    def of(room):
+        def piece(*given):
+            bias = given[3] if has_bias else None
+            return [room.short_convolution(*given[:3], bias, starts)]
+
+        return piece
+
+    return tensors, of
+
+
+def head_rms_norm(x, has_gate):
+    tensors = [x.by_head(), x.normal(x.head_dim)] + [x.rows() for _ in range(has_gate)]
+
+    def of(room):
+        def piece(o, weight, *gate):
+            return [room.head_rms_norm(o, weight, 1e-5, *gate)]
+
+        return piece
+
+    return tensors, of
+
+
+def skip_norm(x):
+    tensors = [x.by_head(), x.by_head(), x.rows(), x.normal(x.heads), x.parameter()]
+    return tensors, lambda room: lambda *given: [room.skip_norm(*given, 1e-6)]
+
+
+def scaled_heads(x):
+    tensors = [x.by_head(), x.normal(x.batch, x.time, x.heads)]
+    return tensors, lambda room: lambda *given: [room.scaled_heads(*given)]
+
+
 def rwkv7_inputs(x, is_first):
     names = ("decay_bias", "iclr_bias", "removal_scale", "iclr_scale")
     tensors = [x.rows() for _ in range(4)] + [x.parameter() for _ in names]
@@ -106,6 +157,16 @@ def norm(x, has_bias, of_sum):
 PIECES = {
     "shift": lambda x: shift(x, reset=False),
     "shift_reset": lambda x: shift(x, reset=True),
+    "varied_shift": lambda x: varied_shift(x, reset=False),
+    "varied_shift_reset": lambda x: varied_shift(x, reset=True),
+    "convolution": lambda x: convolution(x, 4, has_bias=True, reset=False),
+    "convolution_reset": lambda x: convolution(x, 4, has_bias=False, reset=True),
+    "convolution_of_one": lambda x: convolution(x, 1, has_bias=True, reset=True),
+    "convolution_wide": lambda x: convolution(x, 40, has_bias=True, reset=False),
+    "head_rms": lambda x: head_rms_norm(x, has_gate=False),
+    "head_rms_gate": lambda x: head_rms_norm(x, has_gate=True),
+    "skip_norm": skip_norm,
+    "scaled_heads": scaled_heads,
     "rwkv7_first": lambda x: rwkv7_inputs(x, is_first=True),
     "rwkv7": lambda x: rwkv7_inputs(x, is_first=False),
     "head_norm": lambda x: gated_head_norm(x, has_own=False, silu=False),
@@ -307,22 +368,28 @@ def samples():
         "squared_relu": [x.rows()],
         "swiglu": [x.rows(), x.rows()],
         "norm": [x.rows(), x.rows(), x.parameter(), x.parameter()],
+        "convolution": [x.rows(), x.normal(2, 1, x.width), x.normal(2, x.width), x.parameter()],
+        "head_rms": [x.rows(), x.normal(x.head_dim), x.rows()],
+        "skip_norm": [*(x.rows() for _ in range(3)), x.normal(x.heads), x.parameter()],
+        "head_scale": [x.rows(), x.normal(x.batch, x.time, x.heads)],
     }
+    choices = {"norm": 1, "convolution": 2}
     assert lists.keys() == PARAMETERS.keys()
     starts = torch.rand(2, 5, generator=x.generator) < 0.3
     for kernel, tensors in lists.items():
         leaves = [y.requires_grad_() for y in tensors]
-        yield (kernel, leaves, starts if kernel == "shift" else None, 2, 1e-5, kernel == "norm")
+        reset = starts if kernel in ("shift", "convolution") else None
+        yield (kernel, leaves, reset, 2, 1e-5, choices.get(kernel, 0))
 
 
 @compiled
 @pytest.mark.parametrize("sample", [*samples()], ids=lambda sample: sample[0])
 def test_pytorch_finds_nothing_wrong_with_the_operators(sample):
     kernel, tensors, reset, heads, eps, choice = sample
-    torch.library.opcheck(rows, (kernel, tensors, reset, heads, eps, int(choice)))
-    outputs = [torch.ones_like(x) for x in rows(kernel, tensors, reset, heads, eps, int(choice))]
+    torch.library.opcheck(rows, (kernel, tensors, reset, heads, eps, choice))
+    outputs = [torch.ones_like(x) for x in rows(kernel, tensors, reset, heads, eps, choice)]
     given = [x.detach() for x in (tensors[1:] if kernel == "norm" else tensors)]
-    torch.library.opcheck(rows_backward, (kernel, given, outputs, reset, heads, eps, int(choice)))
+    torch.library.opcheck(rows_backward, (kernel, given, outputs, reset, heads, eps, choice))
 
 
 @compiled

@@ -18,7 +18,7 @@ from helpers import CASES, Case, assert_close, check_form, make_inputs, run, way
 
 from model.ops import OPS, native
 from model.ops.native import loading
-from model.ops.native.decays import decays_op
+from model.ops.native.decays import decays_now
 from model.ops.native.scan import scan_op
 from model.ops.native.wkv4 import wkv4_op
 
@@ -109,7 +109,7 @@ def test_the_kernels_run_where_nothing_speaks_against_them(op):
             if node is not None and node not in seen:
                 seen.add(node)
                 todo += [following for following, _ in node.next_functions]
-        return any("ebb" in node.name() for node in seen)
+        return any("ebb" in node.name().lower() for node in seen)
 
     assert runs_native("chunked")
     assert runs_native("chunked", "native")
@@ -180,17 +180,17 @@ def test_weak_decays_multiply_up_without_error():
         time = min(int(5 / -log_decay), 50_000)
         g = torch.full((1, time, 3), log_decay)
         exact = g.double().cumsum(dim=1)
-        assert (decays_op(g).double().log().cumsum(dim=1) - exact).abs().max() < 5e-7
+        assert (decays_now(g).double().log().cumsum(dim=1) - exact).abs().max() < 5e-7
     g = torch.full((1, 50_000, 3), -1e-6)
     assert (g.exp().double().log() - g.double()).sum(dim=1).abs().max() > 1e-4
     strong = torch.tensor([-1.2, -20.0, -86.0, -200.0, -torch.inf]).view(1, 1, 5)
-    torch.testing.assert_close(decays_op(strong), strong.exp())
+    torch.testing.assert_close(decays_now(strong), strong.exp())
 
 
 def samples():
     """Arguments of each operator, with and without what may be left out."""
     x = make_inputs("delta", CASES["reset_state"])
-    g = make_inputs("delta", CASES["channel_decay"])["log_decay"].exp().requires_grad_()
+    g = make_inputs("delta", CASES["channel_decay"])["log_decay"].requires_grad_()
     q, k, v, a, b = (x[name].requires_grad_() for name in "qkvab")
     state, u = x["initial_state"], torch.randn(2, 8, dtype=torch.float64)
     yield scan_op, (q, k, v, a, b, g, None, x["reset"], state, 0.5, True)
@@ -199,11 +199,10 @@ def samples():
     x = make_inputs("wkv4", CASES["reset_state"])
     tensors = [x[name].requires_grad_() for name in ("k", "v", "log_decay", "bonus")]
     yield wkv4_op, (*tensors, x["reset"], *x["initial_state"], True)
-    yield decays_op, ((-torch.rand(2, 5, 3, dtype=torch.float64)).requires_grad_(),)
 
 
 @compiled
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(4))
 def test_pytorch_finds_nothing_wrong_with_the_operators(number):
     operator, arguments = [*samples()][number]
     torch.library.opcheck(operator, arguments)

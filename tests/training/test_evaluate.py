@@ -26,11 +26,9 @@ def tokens(length=61):
 
 
 def long_forward(model, ids):
-    """The loss of each token but the first, with a reset after each end token."""
+    """The loss of each token but the first, with a reset at each end token."""
     inputs = torch.from_numpy(ids.astype(np.int64))[None]
-    reset = torch.zeros_like(inputs, dtype=torch.bool)
-    reset[0, 0] = True
-    reset[:, 1:] = inputs[:, :-1] == END
+    reset = inputs == END
     logits = model(inputs, form="parallel", reset=reset).logits.float().log_softmax(-1)
     return -logits[0, :-1].gather(1, inputs[0, 1:, None])[:, 0].double()
 
@@ -55,7 +53,7 @@ def test_windows_are_read_with_a_fresh_state_each():
     expected = 0.0
     for start in range(0, 60, 15):
         window = torch.from_numpy(ids[start : start + 16].astype(np.int64))[None]
-        reset = torch.from_numpy(np.r_[END, ids[:-1]][start : start + 15] == END)[None]
+        reset = torch.from_numpy(ids[start : start + 15] == END)[None]
         logits = model(window[:, :-1], reset=reset).logits.float()
         loss = torch.nn.functional.cross_entropy(logits[0], window[0, 1:], reduction="sum")
         expected += loss.item()

@@ -1,6 +1,7 @@
 """The folder of a run: one process at a time, whole files or none, and a disk that fills up."""
 
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -41,8 +42,10 @@ def test_full_disk_leaves_the_checkpoints_as_they_are(stopped, reference, capsys
     assert "cannot be written (" in said
     assert said.endswith(": make room or choose another place.")
     after = contents(stopped)
-    checkpoint = [name for name in before if name.startswith("resume/") or name[:5] == "model"]
+    checkpoint = [name for name in before if name.startswith("resume/")]
     assert {name: after[name] for name in checkpoint} == {name: before[name] for name in checkpoint}
+    newest = max(name for name in before if name.endswith("/model.safetensors"))
+    assert after["model.safetensors"] in (before["model.safetensors"], before[newest])
     left = {name for name in after if ".tmp" in name}
     assert left <= before.keys(), "more than the killed process may have left"
     assert ebb("eval", stopped, "--max-tokens", "20") == 0
@@ -50,6 +53,42 @@ def test_full_disk_leaves_the_checkpoints_as_they_are(stopped, reference, capsys
     model = "model.safetensors"
     assert (stopped / model).read_bytes() == (reference / model).read_bytes()
     assert repeatable(stopped) == repeatable(reference)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk that holds one snapshot and the weights twice, but no second snapshot."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if mount("-t", "tmpfs", "-o", "size=30m", "none", place):
+        pytest.skip("only root can make a small disk; the limits above stand in for it")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def mount(*args):
+    """The exit status of `mount`."""
+    try:
+        return subprocess.run(["mount", *args], capture_output=True).returncode
+    except OSError:
+        return 1
+
+
+def test_disk_that_is_really_full(flags, reference, small_disk, capsys):
+    run = small_disk / "run"
+    assert ebb("train", *flags, "--out", run) == 1
+    said = only_line(capsys.readouterr().err)
+    assert said == (
+        f"{run / 'resume' / 'step-000000010'} cannot be written (No space left on device): "
+        "make room or choose another place."
+    )
+    assert [path.name for path in (run / "resume").iterdir()] == ["step-000000005"]
+    assert ebb("eval", run, "--max-tokens", "20") == 0
+    assert mount("-o", "remount,size=100m", small_disk) == 0
+    assert ebb("train", "--resume", "--out", run) == 0
+    for name in ("model.safetensors", "best.safetensors"):
+        assert (run / name).read_bytes() == (reference / name).read_bytes()
+    assert repeatable(run) == repeatable(reference)
 
 
 def test_full_disk_at_the_start(workshop, reference, tmp_path, capsys):

@@ -9,10 +9,10 @@ from runs import TINY, ebb
 
 from model.language_model import LanguageModel
 from model.layers import MIXERS
-from train.checkpoint import Snapshot, load_snapshot, save_snapshot
 from train.loss import next_token_loss
 from train.optimizer import Muon, make_optimizer, orthogonalized, set_rate
 from train.recipes import recipe_of
+from train.snapshot import Snapshot, load_snapshot, save_snapshot
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 

@@ -5,7 +5,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from runs import (
@@ -22,7 +26,8 @@ from runs import (
 )
 from safetensors.torch import load_file
 
-from train.checkpoint import load_snapshot
+from train import snapshot
+from train.snapshot import load_snapshot
 
 
 @pytest.fixture
@@ -56,6 +61,58 @@ def test_interrupt_saves_says_how_to_resume_and_resumes_exactly(interrupted, ref
     assert ebb(*command) == 0
     assert f"Going on after step {step}." in capsys.readouterr().err
     assert_same_end(folder, reference)
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    """Sends signals to this process while it writes the first snapshot of a step or later."""
+
+    def send(step, *numbers):
+        write = snapshot.save_file
+        left = list(numbers)
+
+        def save_file(tensors, path):
+            write(tensors, path)
+            if path.name == "optimizer.safetensors" and int(path.parent.name[6:-4]) >= step:
+                while left:
+                    signal.raise_signal(left.pop(0))
+
+        monkeypatch.setattr(snapshot, "save_file", save_file)
+
+    return send
+
+
+def test_sigterm_saves_too(flags, reference, signals, tmp_path, capsys):
+    signals(10, signal.SIGTERM)
+    assert ebb("train", *flags, "--out", tmp_path) == 130
+    said = only_line(capsys.readouterr().err)
+    assert said.startswith(f"Saved after step 10 of {STEPS}; go on with: ebb train --resume --out ")
+    assert ebb("train", "--resume", "--out", tmp_path) == 0
+    assert_same_end(tmp_path, reference)
+
+
+@pytest.mark.parametrize("step", [5, 10])
+def test_second_interrupt_stops_at_once_and_corrupts_nothing(
+    flags, reference, signals, tmp_path, capsys, step
+):
+    """Here amid the writing of a snapshot: of the first one, and of another."""
+    signals(step, signal.SIGINT, signal.SIGINT)
+    assert ebb("train", *flags, "--out", tmp_path) == 130
+    said = only_line(capsys.readouterr().err)
+    assert said == f"Stopped at once; go on with: ebb train --resume --out {tmp_path}"
+    assert [path.name for path in snapshots(tmp_path)] == ["step-000000005"][: step > 5]
+    assert (load_snapshot(tmp_path, pytest.fail) is None) == (step == 5)
+    assert ebb("train", "--resume", "--out", tmp_path) == 0
+    assert_same_end(tmp_path, reference)
+
+
+def test_runs_stopped_at_random_moments_end_alike():
+    """Real processes, stopped for real, in six ways; more of it by hand, as the script says."""
+    script = Path(__file__).parents[1] / "soak" / "crash.py"
+    command = [sys.executable, "-W", "error", str(script), "--stops", "9"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "every run ended as the one that was never stopped" in ended.stdout
 
 
 def test_killed_run_resumes_exactly(stopped, reference):

@@ -12,14 +12,21 @@ from torch import Tensor
 
 from model.ops import additive, delta
 from model.ops.decay import state_dtype
-from model.ops.native.decays import decays_now, decays_op
-from model.ops.native.loading import is_available, library, status
-from model.ops.native.scan import scan_now, scan_op
+from model.ops.native.loading import is_available, library, status, switched
+from model.ops.native.scan import scan_now, scan_op, scan_with_gradient
 from model.ops.native.wkv4 import wkv4_now, wkv4_op
 from model.ops.wkv4 import WKV4State
 from model.ops.wkv4 import prepare as prepare_wkv4
 
-__all__ = ["is_available", "library", "native_additive", "native_delta", "native_wkv4", "status"]
+__all__ = [
+    "is_available",
+    "library",
+    "native_additive",
+    "native_delta",
+    "native_wkv4",
+    "status",
+    "switched",
+]
 
 
 def native_additive(
@@ -85,16 +92,15 @@ def native_wkv4(
     k, v, decay, bonus, state = prepare_wkv4(k, v, log_decay, bonus, reset, initial_state)
     tensors = [k, v.double(), decay, bonus, reset, *(x.double() for x in state)]
     keep, is_plain = _needs(tensors)
-    run: Any = wkv4_now if is_plain else wkv4_op
+    run: Any = wkv4_now if is_plain and not keep else wkv4_op
     o, *final, _ = run(*tensors, keep)
     return o.to(output_dtype), WKV4State(*(x.to(dtype) for x in final))
 
 
 def _needs(tensors: list[Tensor | None]) -> tuple[bool, bool]:
-    """Whether a backward pass may follow; and whether the kernel can be called at once.
+    """Whether a backward pass may follow; and whether PyTorch's dispatcher can be left out.
 
-    That is where none may follow and nothing is traced: PyTorch's dispatcher costs more than a
-    token.
+    That is where nothing is traced: it costs more than a token.
 
     Raises:
         ValueError: for a tensor that is not on the CPU.
@@ -105,7 +111,7 @@ def _needs(tensors: list[Tensor | None]) -> tuple[bool, bool]:
             raise ValueError(f"the native kernels need all tensors on the CPU, not on {x.device}")
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     is_plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in given)
-    return keep, is_plain and not keep and not torch.compiler.is_compiling()
+    return keep, is_plain and not torch.compiler.is_compiling()
 
 
 def _scan(
@@ -127,8 +133,6 @@ def _scan(
     ]
     tensors.insert(-1, reset)
     keep, is_plain = _needs(tensors)
-    if log_decay is not None:
-        tensors[5] = (decays_now if is_plain else decays_op)(tensors[5])
-    run: Any = scan_now if is_plain else scan_op
-    o, state, _, _ = run(*tensors, scale, keep)
+    run: Any = (scan_with_gradient if keep else scan_now) if is_plain else scan_op
+    o, state, *_ = run(*tensors, scale, keep)
     return o, state

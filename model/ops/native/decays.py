@@ -4,7 +4,6 @@
 """
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,25 +29,3 @@ def decays_now(log_decay: Tensor) -> Tensor:
     sizes = (ctypes.c_int64(n) for n in (batch, time, channels))
     call("decays", log_decay.dtype, *pointers, *sizes)
     return decay
-
-
-decays_op = torch.library.custom_op("ebb::decays", decays_now, mutates_args=())
-
-
-@decays_op.register_fake
-def _(log_decay: Tensor) -> Tensor:
-    return log_decay.new_empty(log_decay.shape)
-
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(output)
-
-
-def _backward(ctx: Any, for_decay: Tensor) -> Tensor:
-    """That of exp, which is 0 for -inf."""
-    (decay,) = ctx.saved_tensors
-    gradient: Tensor = for_decay * decay
-    return gradient
-
-
-decays_op.register_autograd(_backward, setup_context=_keep_for_backward)

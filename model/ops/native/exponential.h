@@ -24,6 +24,16 @@ struct Split {
   Vector<Index<Real>> is_zero;
 };
 
+// 1 / n!, as constants: formed where they are used they would cost a division each.
+template <class Real>
+struct InverseFactorials {
+  Real of[Exponential<Real>::terms + 1] = {1};
+  constexpr InverseFactorials() {
+    Real factorial = 1;
+    for (int i = 1; i <= Exponential<Real>::terms; ++i) of[i] = 1 / (factorial *= i);
+  }
+};
+
 template <class Real>
 EBB_INLINE Split<Real> split_exponential(Vector<Real> x) {
   using V = Vector<Real>;
@@ -35,11 +45,10 @@ EBB_INLINE Split<Real> split_exponential(Vector<Real> x) {
   const V shifted = bounded * Real(1.4426950408889634) + Constants::shift;
   const V n = shifted - Constants::shift;
   const V r = bounded - n * Constants::ln2_high - n * Constants::ln2_low;
-  Real factorial[Constants::terms + 1] = {1};
-  for (int i = 1; i <= Constants::terms; ++i) factorial[i] = factorial[i - 1] * i;
-  V sum = V{} + 1 / factorial[Constants::terms];
+  constexpr InverseFactorials<Real> inverse;
+  V sum = V{} + inverse.of[Constants::terms];
 #pragma GCC unroll 16
-  for (int i = Constants::terms - 1; i >= 2; --i) sum = sum * r + 1 / factorial[i];
+  for (int i = Constants::terms - 1; i >= 2; --i) sum = sum * r + inverse.of[i];
   const Whole one = Whole{} + (Index<Real>(Constants::bias) << Constants::mantissa);
   const Whole power = ((Whole)shifted << Constants::mantissa) + one;
   return {(V)power, r + r * r * sum, is_zero};

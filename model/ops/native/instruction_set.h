@@ -4,14 +4,16 @@ namespace EBB_NAMESPACE {
 
 #include "simd.h"
 #include "exponential.h"
+#include "rows_simd.h"
 #include "scan_forward.h"
 #include "scan_backward.h"
 #include "wkv4_kernels.h"
-#include "rows_simd.h"
 #include "rows_shift.h"
 #include "rows_rwkv7.h"
 #include "rows_head_norm.h"
 #include "rows_norm.h"
+#include "rows_convolution.h"
+#include "rows_head_rms.h"
 #include "rows_activation.h"
 #include "rows_table.h"
 

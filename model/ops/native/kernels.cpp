@@ -128,13 +128,14 @@ template <class Real>
 int backward(const Scan<Real>& s, const ScanGradient<Real>& d, int threads) {
   const auto& kernels = scan_kernels<Real>();
   const auto kernel = kernels.backward[kernels.kind(s)];
-  const int64_t panels = kernels.backward_panels(s), items = s.batch * s.heads * d.parts;
+  const int64_t panels = kernels.backward_panels(s), items = s.batch * s.key_heads * d.parts;
   return for_all<Real>(items, threads, kernels.backward_scratch(s), [&](int64_t item, Real* memory) {
-    const int64_t index = item / d.parts, part = item % d.parts;
-    if (d.parts > 1)
-      kernel(s, d, index, part, part, memory);
-    else
-      for (int64_t panel = 0; panel < panels; ++panel) kernel(s, d, index, panel, 0, memory);
+    const int64_t first = item / d.parts * s.sharing(), part = item % d.parts;
+    for (int64_t index = first; index < first + s.sharing(); ++index)
+      if (d.parts > 1)
+        kernel(s, d, index, part, part, memory);
+      else
+        for (int64_t panel = 0; panel < panels; ++panel) kernel(s, d, index, panel, 0, memory);
   });
 }
 

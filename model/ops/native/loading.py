@@ -2,7 +2,8 @@
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ FOLDER = Path(__file__).parent
 """Where an installation puts the compiled library."""
 
 _POINTER = [ctypes.c_void_p]
+
+_switch = {"on": True}
+"""Whether kernels that are there are used, in this process."""
 
 
 class Library:
@@ -92,13 +96,25 @@ def library() -> Library:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types
 def is_available() -> bool:
     """Whether the native kernels can run; a compiler takes the answer, and not how it is found."""
-    return _load()[0] is not None
+    return _switch["on"] and _load()[0] is not None
+
+
+@contextmanager
+def switched(*, on: bool) -> Iterator[None]:
+    """Inside, in the whole process, the kernels are used where they are there, or nowhere."""
+    before, _switch["on"] = _switch["on"], on
+    try:
+        yield
+    finally:
+        _switch["on"] = before
 
 
 def status() -> str:
     """What `ebb info` says: the instruction set in use, or what would bring the kernels."""
     found, reason = _load()
-    return reason if found is None else f"native, {found.instruction_set()}"
+    if found is None:
+        return reason
+    return f"native, {found.instruction_set()}" if _switch["on"] else "the kernels are switched off"
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:

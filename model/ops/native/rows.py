@@ -20,6 +20,10 @@ PARAMETERS: dict[str, tuple[int, ...]] = {
     "squared_relu": (),
     "swiglu": (),
     "norm": (1, 2),
+    "convolution": (2, 3),
+    "head_rms": (1,),
+    "skip_norm": (3, 4),
+    "head_scale": (),
 }
 """The kernels in the order of rows.h, and which of their inputs are the same for all rows.
 

@@ -5,4 +5,7 @@ constexpr RowKernel<Real> ROW_KERNELS[NUM_ROW_KERNELS] = {
     rwkv7_backward<Real>,       head_norm_forward<Real>,     head_norm_backward<Real>,
     squared_relu_forward<Real>, squared_relu_backward<Real>, swiglu_forward<Real>,
     swiglu_backward<Real>,      norm_forward<Real>,          norm_backward<Real>,
+    convolution_forward<Real>,  convolution_backward<Real>,  head_rms_forward<Real>,
+    head_rms_backward<Real>,    skip_norm_forward<Real>,     skip_norm_backward<Real>,
+    head_scale_forward<Real>,   head_scale_backward<Real>,
 };

@@ -5,12 +5,14 @@
 // without a and b the additive recurrence. With a bonus u the state is read before the write,
 // o_t = scale q_t (S_{t-1} + diag(u) k_t v_t^T). Shapes, all contiguous: q, k, a, b [B, T, H, K];
 // v, o [B, T, H, V]; states [B, H, K, V]; decay [B, T, H, K] or [B, T, H]; bonus [H, K]; reset [B, T].
+// Neighbouring heads may share q and k, [B, T, key_heads, K], without a, b, bonus and a decay a
+// channel.
 #pragma once
 #include <cstdint>
 
 template <class Real>
 struct Scan {
-  int64_t batch, time, heads, key_dim, value_dim;
+  int64_t batch, time, heads, key_heads, key_dim, value_dim;
   int64_t chunk;           // tokens between two checkpoints of the state
   int64_t decay_channels;  // K or 1; 0 for no decay
   double scale;
@@ -22,7 +24,8 @@ struct Scan {
   // [B, H, chunks, K, padded_width(V)].
   Real *o, *final, *removed, *checkpoints;
 
-  int64_t keys() const { return batch * time * heads * key_dim; }
+  int64_t keys() const { return batch * time * key_heads * key_dim; }
+  int64_t sharing() const { return heads / key_heads; }
 };
 
 // Columns that the checkpoints of a state have: whole vectors of any instruction set.
@@ -32,9 +35,10 @@ template <class Real>
 struct ScanGradient {
   const Real *o, *final;  // cotangents
   // Sums over V are formed panel by panel. With parts = 1 one thread adds up the panels of a head;
-  // else parts is the number of panels, and each writes into its own [parts, ...].
+  // else parts is the number of panels, and each writes into its own [parts, ...]. Heads that share
+  // q and k come one after the other, and add up theirs.
   int64_t parts;
-  Real *q, *k, *a, *b, *decay;
+  Real *q, *k, *a, *b, *decay;  // the last of the log of the decay
   double* bonus;  // [parts, B, H, K], zeros: summed over time here
   Real *v, *initial;
 };
@@ -47,10 +51,14 @@ struct Head {
       : row(index / s.heads),
         head(index % s.heads),
         index(index),
-        key_step(s.heads * s.key_dim),
+        key_step(s.key_heads * s.key_dim),
         value_step(s.heads * s.value_dim),
-        key_offset((row * s.time * s.heads + head) * s.key_dim),
+        key_offset((row * s.time * s.key_heads + head / s.sharing()) * s.key_dim),
         value_offset((row * s.time * s.heads + head) * s.value_dim) {}
+  // Where a token's decay stands if a head has one of its own.
+  int64_t decay_offset(const Scan<Real>& s, int64_t t) const {
+    return (row * s.time + t) * s.heads + head;
+  }
 };
 
 // The kernels of one instruction set; arrays are by kind: additive, additive with bonus, delta.

@@ -1,14 +1,17 @@
 """The scan over a matrix state, native: additive and delta recurrence as one operator of PyTorch.
 
-`scan.h` says what it computes. Shape legend: B batch, T time, H heads, K key dim, V value dim.
+`scan.h` says what it computes. Shape legend: B batch, T time, H heads, G heads of q and k, K key
+dim, V value dim.
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.ops.native.decays import decays_now
 from model.ops.native.loading import (
     call,
     contiguous,
@@ -25,7 +28,8 @@ class _Scan(ctypes.Structure):
     """`Scan` of scan.h."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "time", "heads", "key_dim", "value_dim")),
+        *((name, ctypes.c_int64) for name in ("batch", "time", "heads", "key_heads")),
+        *((name, ctypes.c_int64) for name in ("key_dim", "value_dim")),
         ("chunk", ctypes.c_int64),
         ("decay_channels", ctypes.c_int64),
         ("scale", ctypes.c_double),
@@ -50,20 +54,25 @@ class _ScanGradient(ctypes.Structure):
 
 
 def _describe(k: Tensor, v: Tensor, decay: Tensor | None, scale: float, **tensors: Any) -> _Scan:
-    batch, time, heads, key_dim = k.shape
+    batch, time, key_heads, key_dim = k.shape
     channels = 0 if decay is None else 1 if decay.dim() == 3 else key_dim
     pointers = {
         name: pointer(x) for name, x in (tensors | {"k": k, "v": v, "decay": decay}).items()
     }
-    sizes = (batch, time, heads, key_dim, v.shape[-1], CHUNK, channels)
+    sizes = (batch, time, v.shape[2], key_heads, key_dim, v.shape[-1], CHUNK, channels)
     return _Scan(*sizes, scale, **pointers)
+
+
+def _state_shape(k: Tensor, v: Tensor) -> list[int]:
+    """`[B, H, K, V]`."""
+    return [v.shape[0], v.shape[2], k.shape[-1], v.shape[-1]]
 
 
 def _saved_shapes(k: Tensor, v: Tensor, has_removal: bool) -> tuple[list[int], list[int]]:
     """Of what the forward pass keeps: what was removed, and the state before each chunk."""
-    batch, time, heads, key_dim = k.shape
+    batch, time, _, key_dim = k.shape
     padded = -(-v.shape[-1] // 16) * 16
-    checkpoints = [batch, heads, -(-time // CHUNK), key_dim, padded]
+    checkpoints = [batch, v.shape[2], -(-time // CHUNK), key_dim, padded]
     return [*v.shape] if has_removal else [0], checkpoints
 
 
@@ -73,22 +82,23 @@ def scan_now(
     v: Tensor,
     a: Tensor | None,
     b: Tensor | None,
-    decay: Tensor | None,
+    log_decay: Tensor | None,
     bonus: Tensor | None,
     reset: Tensor | None,
     initial: Tensor | None,
     scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Runs the forward pass at once, unseen by autograd and by compilers.
 
     Args:
-        q: `[B, T, H, K]`.
-        k: `[B, T, H, K]`.
+        q: `[B, T, G, K]`, each shared by H / G neighbouring heads; fewer than H only without a, b,
+            bonus and a decay a channel.
+        k: `[B, T, G, K]`.
         v: `[B, T, H, V]`.
         a: `[B, T, H, K]`, or None for the additive recurrence.
         b: `[B, T, H, K]`, with a.
-        decay: `[B, T, H]` or `[B, T, H, K]`, in [0, 1]; None for no decay.
+        log_decay: `[B, T, H]` or `[B, T, H, K]`, <= 0, -inf allowed; None for no decay.
         bonus: `[H, K]`, with which the state is read before the write; not with a.
         reset: `[B, T]` bool.
         initial: `[B, H, K, V]`; None for zeros.
@@ -96,20 +106,21 @@ def scan_now(
         keep: whether a backward pass will follow.
 
     Returns:
-        o, the final state, and, empty unless `keep`, what the backward pass needs. All tensors are
-        of one dtype, float32 or float64.
+        o, the final state, and, empty unless `keep`, what the backward pass needs: what was
+        removed, states and decays. All tensors are of one dtype, float32 or float64.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    a, b, decay, bonus, reset, initial = map(contiguous, (a, b, decay, bonus, reset, initial))
-    batch, _, heads, key_dim = k.shape
-    o, final = torch.empty_like(v), v.new_empty(batch, heads, key_dim, v.shape[-1])
+    a, b, bonus, reset, initial = map(contiguous, (a, b, bonus, reset, initial))
+    decay = None if log_decay is None else decays_now(log_decay)
+    o, final = torch.empty_like(v), v.new_empty(_state_shape(k, v))
     shapes = _saved_shapes(k, v, a is not None) if keep else ([0], [0])
     removed, checkpoints = v.new_empty(shapes[0]), v.new_empty(shapes[1])
     written = {"o": o, "final": final, "removed": removed, "checkpoints": checkpoints}
     read = {"q": q, "a": a, "b": b, "bonus": bonus, "reset": reset, "initial": initial}
     arguments = _describe(k, v, decay, scale, **read, **written)
     call("scan_forward", v.dtype, ctypes.byref(arguments))
-    return o, final, removed, checkpoints
+    kept = decay if keep and decay is not None else v.new_empty(0)
+    return o, final, removed, checkpoints, kept
 
 
 scan_op = torch.library.custom_op("ebb::scan", scan_now, mutates_args=())
@@ -122,21 +133,21 @@ def _(
     v: Tensor,
     a: Tensor | None,
     b: Tensor | None,
-    decay: Tensor | None,
+    log_decay: Tensor | None,
     bonus: Tensor | None,
     reset: Tensor | None,
     initial: Tensor | None,
     scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, _, heads, key_dim = k.shape
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shapes = _saved_shapes(k, v, a is not None) if keep else ([0], [0])
-    final = v.new_empty(batch, heads, key_dim, v.shape[-1])
-    return v.new_empty(v.shape), final, v.new_empty(shapes[0]), v.new_empty(shapes[1])
+    final = v.new_empty(_state_shape(k, v))
+    decays = [*log_decay.shape] if keep and log_decay is not None else [0]
+    removed, checkpoints, kept = (v.new_empty(shape) for shape in (*shapes, decays))
+    return v.new_empty(v.shape), final, removed, checkpoints, kept
 
 
-@torch.library.custom_op("ebb::scan_backward", mutates_args=())
-def scan_backward(
+def scan_backward_now(
     for_o: Tensor,
     for_final: Tensor | None,
     q: Tensor,
@@ -151,15 +162,18 @@ def scan_backward(
     checkpoints: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, a, b, decay, bonus and the initial state; empty for what is None."""
+    """Gradients of what the forward pass takes, from q to the initial state; empty for None."""
+    batch, heads, shared_shape = v.shape[0], v.shape[2], k.shape
+    threads = torch.get_num_threads()
+    if batch * k.shape[2] < threads:  # heads that share q and k come one after the other
+        q, k = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
     q, k, v, for_o = q.contiguous(), k.contiguous(), v.contiguous(), for_o.contiguous()
     a, b, decay, bonus, reset, for_final = map(contiguous, (a, b, decay, bonus, reset, for_final))
-    batch, _, heads, key_dim = k.shape
     read = {"q": q, "a": a, "b": b, "bonus": bonus, "reset": reset}
     arguments = _describe(k, v, decay, scale, **read, removed=removed, checkpoints=checkpoints)
 
     parts = 1
-    if batch * heads < torch.get_num_threads():
+    if batch * heads < threads:
         parts = library().function("panels", v.dtype)(ctypes.byref(arguments))
 
     def parted(x: Tensor | None) -> Tensor:
@@ -168,8 +182,8 @@ def scan_backward(
     sums = {"q": parted(q), "k": parted(k), "a": parted(a), "b": parted(b), "decay": parted(decay)}
     for_bonus = k.new_zeros(0)
     if bonus is not None:
-        for_bonus = k.new_zeros(parts, batch, heads, key_dim, dtype=torch.float64)
-    for_v, for_initial = torch.empty_like(v), v.new_empty(batch, heads, key_dim, v.shape[-1])
+        for_bonus = k.new_zeros(parts, batch, *bonus.shape, dtype=torch.float64)
+    for_v, for_initial = torch.empty_like(v), v.new_empty(_state_shape(k, v))
     whole = {"o": for_o, "final": for_final, "v": for_v, "initial": for_initial}
     pointers = {n: pointer(x) for n, x in (sums | whole | {"bonus": for_bonus}).items()}
     gradient = _ScanGradient(parts=parts, **pointers)
@@ -181,7 +195,13 @@ def scan_backward(
     for_q, for_k, for_a, for_b, for_decay = map(joined, sums.values())
     if bonus is not None:
         for_bonus = for_bonus.sum((0, 1)).to(bonus.dtype)
+    if k.shape != shared_shape:
+        by_group = (*shared_shape[:3], -1, shared_shape[3])
+        for_q, for_k = (x.reshape(by_group).sum(3) for x in (for_q, for_k))
     return for_q, for_k, for_v, for_a, for_b, for_decay, for_bonus, for_initial
+
+
+scan_backward = torch.library.custom_op("ebb::scan_backward", scan_backward_now, mutates_args=())
 
 
 @scan_backward.register_fake
@@ -200,30 +220,39 @@ def _(
     checkpoints: Tensor,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    batch, _, heads, key_dim = k.shape
     like = (k.new_empty(0) if x is None else x.new_empty(x.shape) for x in (a, b, decay, bonus))
-    for_initial = v.new_empty(batch, heads, key_dim, v.shape[-1])
+    for_initial = v.new_empty(_state_shape(k, v))
     return (*(x.new_empty(x.shape) for x in (q, k, v)), *like, for_initial)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, initial, scale, keep = inputs
+    *tensors, _, bonus, reset, initial, scale, keep = inputs
     if not keep:
         raise ValueError("ebb::scan has gradients only with keep=True")
-    _, _, removed, checkpoints = output
-    ctx.mark_non_differentiable(removed, checkpoints)
+    _, _, removed, checkpoints, decay = output
+    ctx.mark_non_differentiable(removed, checkpoints, decay)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, removed, checkpoints)
+    has_decay = inputs[5] is not None
+    ctx.save_for_backward(
+        *tensors, decay if has_decay else None, bonus, reset, removed, checkpoints
+    )
     ctx.scale, ctx.has_initial = scale, initial is not None
 
 
 def _backward(
     ctx: Any, for_o: Tensor | None, for_final: Tensor | None, *_: None
 ) -> tuple[Any, ...]:
+    return _gradients(scan_backward, ctx, for_o, for_final)
+
+
+def _gradients(
+    run: Callable[..., Any], ctx: Any, for_o: Tensor | None, for_final: Tensor | None
+) -> tuple[Any, ...]:
+    """Of what the forward pass takes, in its order."""
     saved = ctx.saved_tensors
     if for_o is None:
         for_o = torch.zeros_like(saved[2])
-    gradients = scan_backward(for_o, for_final, *saved, ctx.scale)
+    gradients = run(for_o, for_final, *saved, ctx.scale)
     given = (*(x is not None for x in saved[:7]), ctx.has_initial)
     *for_tensors, for_initial = (
         x if is_given else None for x, is_given in zip(gradients, given, strict=True)
@@ -233,3 +262,29 @@ def _backward(
 
 scan_op.register_autograd(_backward, setup_context=_keep_for_backward)
 scan_backward.register_autograd(refuse_second_derivative)
+
+
+class EbbScan(torch.autograd.Function):
+    """The operator without PyTorch's dispatcher, which costs as much as many tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        """As `scan_now`."""
+        output = scan_now(*inputs)
+        _keep_for_backward(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(
+        ctx: Any, for_o: Tensor | None, for_final: Tensor | None, *_: None
+    ) -> tuple[Any, ...]:
+        """As `scan_backward_now`."""
+        # Only where a second derivative may be asked for is the operator there to refuse it.
+        run = scan_backward if torch.is_grad_enabled() else scan_backward_now
+        return _gradients(run, ctx, for_o, for_final)
+
+
+def scan_with_gradient(*inputs: Any) -> tuple[Tensor, ...]:
+    """What `scan_now` says, seen by autograd, but not by compilers."""
+    output: tuple[Tensor, ...] = EbbScan.apply(*inputs)  # type: ignore[no-untyped-call]
+    return output

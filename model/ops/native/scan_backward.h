@@ -16,6 +16,7 @@ struct Stretch {
   int64_t column, columns;
   int64_t part;   // where the sums over columns go
   bool add;       // to what an earlier stretch has left there
+  bool add_keys;  // likewise, or an earlier head that shares q and k
   int64_t keys;   // K in whole vectors
   Real *G;        // [columns, keys]: gradient of the state
   Real *states;   // [chunk + 1, columns, keys]
@@ -55,7 +56,10 @@ EBB_INLINE Inputs<Real> inputs_at(const Stretch<Real>& p, int64_t t) {
     }
   if (K != p.keys || !x.decay_step) {
     Real* const to = p.padded + 4 * p.keys;
-    for (int64_t i = 0; i < K; ++i) to[i] = x.decay[i * x.decay_step];
+    if (x.decay_step)
+      for (int64_t i = 0; i < K; ++i) to[i] = x.decay[i];
+    else
+      for (int64_t i = 0; i < p.keys; i += LANES<Real>) store(to + i, Vector<Real>{} + *x.decay);
     y.decay = to;
   }
   return y;
@@ -81,11 +85,13 @@ EBB_INLINE void expect(const Stretch<Real>& p, int64_t t) {
 
 template <class Real, int NV>
 EBB_INLINE void load_all(Vector<Real> (&x)[NV], const Real* p) {
+#pragma GCC unroll 4
   for (int j = 0; j < NV; ++j) x[j] = load(p + j * LANES<Real>);
 }
 
 template <class Real, int NV>
 EBB_INLINE void store_all(Real* p, const Vector<Real> (&x)[NV]) {
+#pragma GCC unroll 4
   for (int j = 0; j < NV; ++j) store(p + j * LANES<Real>, x[j]);
 }
 
@@ -216,7 +222,7 @@ EBB_INLINE void put(const Stretch<Real>& p, Real* to, int64_t offset, int which)
   for (int64_t i = 0; i < p.s.key_dim; i += lanes) {
     const int64_t count = p.s.key_dim - i;
     Vector<Real> x[1] = {load(sums + i)}, old[1];
-    if (p.add) {
+    if (p.add_keys) {
       load<Real>(old, to + i, count);
       x[0] += old[0];
     }
@@ -224,16 +230,21 @@ EBB_INLINE void put(const Stretch<Real>& p, Real* to, int64_t offset, int which)
   }
 }
 
+// That of the log of the decay, times which is that of the decay.
 template <class Real>
-EBB_INLINE void put_decay(const Stretch<Real>& p, int64_t offset) {
-  const int64_t K = p.s.key_dim;
+EBB_INLINE void put_decay(const Stretch<Real>& p, const Real* decay, int64_t t, int64_t offset) {
+  Real* const sums = p.sums + FOR_DECAY * p.keys;
+  if (p.s.decay_channels)
+    for (int64_t i = 0; i < p.keys; i += LANES<Real>)
+      store(sums + i, load(sums + i) * load(decay + i));
   if (p.s.decay_channels > 1) {
     put(p, p.d.decay, offset, FOR_DECAY);
   } else if (p.s.decay_channels == 1) {
-    Real* const to = p.d.decay + p.part * (p.s.keys() / K) + offset / K;
-    Real sum = p.add ? *to : 0;
-    for (int64_t i = 0; i < K; ++i) sum += p.sums[FOR_DECAY * p.keys + i];
-    *to = sum;
+    Real* const to = p.d.decay + p.part * p.s.batch * p.s.time * p.s.heads +
+                     p.h.decay_offset(p.s, t);
+    Vector<Real> sum{};
+    for (int64_t i = 0; i < p.keys; i += LANES<Real>) sum += load(sums + i);
+    *to = sum_lanes<Real>(sum) + (p.add ? *to : 0);
   }
 }
 
@@ -282,7 +293,7 @@ EBB_INLINE void step_back(const Stretch<Real>& p, int64_t t, const Real* S) {
     put(p, p.d.a, offset, FOR_A);
     put(p, p.d.b, offset, FOR_B);
   }
-  put_decay(p, offset);
+  put_decay(p, x.decay, t, offset);
 }
 
 template <class Real, bool DELTA, bool BONUS>
@@ -341,10 +352,11 @@ EBB_TARGET void scan_backward(const Scan<Real>& s, const ScanGradient<Real>& d, 
   Real* const rows = padded + 5 * keys;
   Real* const removed = rows + 2 * LANES<Real> * LANES<Real>;
   __builtin_memset(padded, 0, sizeof(Real) * 5 * keys);
+  const bool add = part == 0 && panel > 0;
   backward_stretch<Real, DELTA, BONUS>(
-      {s, d, Head<Real>(s, index), column, left < STRETCH ? left : STRETCH, part,
-       part == 0 && panel > 0, keys, scratch, states, sums, padded, rows,
-       removed, removed + STRETCH});
+      {s, d, Head<Real>(s, index), column, left < STRETCH ? left : STRETCH, part, add,
+       add || index % s.sharing() > 0, keys, scratch, states, sums, padded, rows, removed,
+       removed + STRETCH});
 }
 
 template <class Real>

@@ -17,7 +17,7 @@ EBB_INLINE Token<Real> token_at(const Scan<Real>& s, const Head<Real>& h, int64_
   const int64_t at = h.key_offset + t * h.key_step;
   Token<Real> x{s.q + at, s.k + at, s.a + at, s.b + at, &one, 0};
   if (s.decay_channels) {
-    x.decay = s.decay + (s.decay_channels == 1 ? at / s.key_dim : at);
+    x.decay = s.decay + (s.decay_channels == 1 ? h.decay_offset(s, t) : at);
     x.decay_step = s.decay_channels > 1;
   }
   return x;
@@ -43,6 +43,25 @@ EBB_INLINE Real* checkpoint_at(const Scan<Real>& s, int64_t index, int64_t t) {
   return s.checkpoints + (index * chunks + t / s.chunk) * s.key_dim * padded_width(s.value_dim);
 }
 
+// A row of the state through one token: read, written, and what it adds to the sums over rows.
+template <class Real, int NV, bool DELTA, bool BONUS>
+EBB_INLINE void through_row(Real* p, const Token<Real>& x, const Real* a, int64_t i,
+                            const Vector<Real> (&v)[NV], const Vector<Real> (&removed)[NV],
+                            Vector<Real> (&o)[NV], Vector<Real> (&next)[NV]) {
+  constexpr int lanes = LANES<Real>;
+  const Real decay = x.decay[i * x.decay_step], k = x.k[i], q = x.q[i];
+  const Real put_back = DELTA ? x.b[i] : 0, remove = DELTA ? a[i] : 0;
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) {
+    const Vector<Real> old = load(p + j * lanes);
+    Vector<Real> now = old * decay + v[j] * k;
+    if constexpr (DELTA) now += removed[j] * put_back;
+    store(p + j * lanes, now);
+    o[j] += (BONUS ? old : now) * q;
+    if constexpr (DELTA) next[j] += now * remove;
+  }
+}
+
 template <class Real, int NV, bool DELTA, bool BONUS>
 EBB_INLINE void forward_panel(const Scan<Real>& s, int64_t index, int64_t column, Real* scratch) {
   using V = Vector<Real>;
@@ -51,14 +70,16 @@ EBB_INLINE void forward_panel(const Scan<Real>& s, int64_t index, int64_t column
   const int64_t K = s.key_dim;
   const int64_t columns = s.value_dim - column < width ? s.value_dim - column : width;
   Real* const S = scratch;
-  V removed[NV], next[NV], o[NV], v[NV], row[NV];
+  V removed[NV], next[NV], o[NV], odd_next[NV], odd_o[NV], v[NV], row[NV];
   clear<Real>(removed);
   clear<Real>(next);
   for (int64_t i = 0; i < K; ++i) {
     clear<Real>(row);
     if (s.initial) load<Real>(row, s.initial + (index * K + i) * s.value_dim + column, columns);
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) store(S + i * width + j * lanes, row[j]);
     if constexpr (DELTA)
+#pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) removed[j] += row[j] * s.a[h.key_offset + i];
   }
 
@@ -72,6 +93,7 @@ EBB_INLINE void forward_panel(const Scan<Real>& s, int64_t index, int64_t column
     if (s.checkpoints && t % s.chunk == 0) {
       Real* const to = checkpoint_at(s, index, t) + column;
       for (int64_t i = 0; i < K; ++i)
+#pragma GCC unroll 4
         for (int j = 0; j < NV; ++j)
           store(to + i * padded_width(s.value_dim) + j * lanes, load(S + i * width + j * lanes));
     }
@@ -80,26 +102,34 @@ EBB_INLINE void forward_panel(const Scan<Real>& s, int64_t index, int64_t column
     load<Real>(v, s.v + at, columns);
     clear<Real>(o);
     clear<Real>(next);
-    for (int64_t i = 0; i < K; ++i) {
-      Real* const p = S + i * width;
-      const Real decay = x.decay[i * x.decay_step], k = x.k[i], q = x.q[i];
-      const Real put_back = DELTA ? x.b[i] : 0, remove = DELTA ? a[i] : 0;
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) {
-        const V old = load(p + j * lanes);
-        V now = old * decay + v[j] * k;
-        if constexpr (DELTA) now += removed[j] * put_back;
-        store(p + j * lanes, now);
-        o[j] += (BONUS ? old : now) * q;
-        if constexpr (DELTA) next[j] += now * remove;
+    // Narrow panels sum even and odd rows apart: an addition waits for the one before it.
+    constexpr bool apart = NV <= 2;
+    int64_t i = 0;
+    if constexpr (apart) {
+      clear<Real>(odd_o);
+      clear<Real>(odd_next);
+      for (; i + 1 < K; i += 2) {
+        through_row<Real, NV, DELTA, BONUS>(S + i * width, x, a, i, v, removed, o, next);
+        through_row<Real, NV, DELTA, BONUS>(S + (i + 1) * width, x, a, i + 1, v, removed, odd_o,
+                                            odd_next);
       }
     }
+    for (; i < K; ++i)
+      through_row<Real, NV, DELTA, BONUS>(S + i * width, x, a, i, v, removed, o, next);
+    if constexpr (apart)
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) {
+        o[j] += odd_o[j];
+        if constexpr (DELTA) next[j] += odd_next[j];
+      }
     if constexpr (BONUS) {
       const Real own = own_weight(s, h, x);
+#pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) o[j] += v[j] * own;
     }
     if constexpr (DELTA)
       if (s.removed) store<Real>(s.removed + at, removed, columns);
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
       o[j] *= Real(s.scale);
       removed[j] = next[j];

@@ -29,6 +29,7 @@ EBB_INLINE void store(Real* p, Vector<Real> x) {
 
 template <class Real, int NV>
 EBB_INLINE void clear(Vector<Real> (&x)[NV]) {
+#pragma GCC unroll 4
   for (int j = 0; j < NV; ++j) x[j] = Vector<Real>{};
 }
 
@@ -37,10 +38,12 @@ template <class Real, int NV>
 EBB_INLINE void load(Vector<Real> (&x)[NV], const Real* p, int64_t count) {
   constexpr int lanes = LANES<Real>;
   if (count >= NV * lanes) {
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) x[j] = load(p + j * lanes);
   } else {
     Real padded[NV * lanes] = {};
     for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) x[j] = load(padded + j * lanes);
   }
 }
@@ -49,9 +52,11 @@ template <class Real, int NV>
 EBB_INLINE void store(Real* p, const Vector<Real> (&x)[NV], int64_t count) {
   constexpr int lanes = LANES<Real>;
   if (count >= NV * lanes) {
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) store(p + j * lanes, x[j]);
   } else {
     Real padded[NV * lanes];
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) store(padded + j * lanes, x[j]);
     for (int64_t i = 0; i < count; ++i) p[i] = padded[i];
   }
@@ -117,8 +122,10 @@ EBB_TARGET void transpose(Real* to, int64_t to_stride, const Real* from, int64_t
     for (int64_t j = 0; j < columns; j += lanes) {
       if (rows - i >= lanes && columns - j >= lanes) {
         Vector<Real> x[lanes];
+#pragma GCC unroll 16
         for (int r = 0; r < lanes; ++r) x[r] = load(from + (i + r) * from_stride + j);
         transpose_square<Real, 1>(x);
+#pragma GCC unroll 16
         for (int r = 0; r < lanes; ++r) store(to + (j + r) * to_stride + i, x[r]);
       } else {
         for (int64_t r = i; r < rows && r < i + lanes; ++r)
