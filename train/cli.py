@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from train.config import CompareConfig, TrainConfig
-from train.interrupt import Interrupted
+from train.interrupt import AlreadyTold, Interrupted
 
 
 class Command(NamedTuple):
@@ -84,10 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = args
     if name not in COMMANDS:
         return _fail(f"there is no command {name!r}; choose one of {', '.join(COMMANDS)}", 2)
+    if name != "train" and (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+        if os.environ.get("RANK", "0") != "0":
+            return 2
+        return _fail(f"only `ebb train` runs in {world} processes: start `ebb {name}` alone", 2)
     try:
         return _run(name, rest)
     except Interrupted as stop:
         return _fail(str(stop), 130)
+    except AlreadyTold as told:
+        return told.status
     except KeyboardInterrupt:
         return _fail("Interrupted.", 130)
     except BrokenPipeError:  # the reader, such as `head`, has had enough

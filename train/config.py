@@ -56,9 +56,21 @@ class TrainConfig:
     steps: int = 2000
     """Optimiser steps in all; the schedule ends with them, so a finished run cannot be extended."""
     batch_size: int = 8
-    """Sequences a step."""
+    """Sequences a step, of all processes together."""
     context: int = 256
     """Tokens a sequence."""
+    accumulate: int = 1
+    """Parts that a process computes its share of a step in, one after the other: less memory."""
+    checkpoint_activations: bool = False
+    """Keep only the input of every block and compute the block again: less memory, a third more
+    arithmetic."""
+    shard: bool = False
+    """Divide weights, gradients and optimiser among the processes instead of copying them."""
+    context_parallel: int = 1
+    """Processes that share a sequence: each reads a stretch and passes its state on."""
+    track: str | None = None
+    """Where to send the metrics too: tensorboard, wandb, trackio or another that accelerate knows;
+    several with commas between."""
     carry_state: bool = False
     """Read the text in order, each sequence of the batch a part of it, and carry the state from
     every step to the next (truncated back-propagation) instead of starting windows afresh."""
@@ -84,7 +96,7 @@ class TrainConfig:
     clip: float = 1.0
     """Largest norm of the gradient; what is longer is scaled down to it."""
     precision: str = "auto"
-    """fp32, bf16, or auto: bf16 on a GPU that has it, fp32 elsewhere."""
+    """fp32, bf16, or auto: bf16 on a GPU that has it, fp32 elsewhere. fp64 is slow, for checks."""
     seed: int = 0
     """Of the weights, the order of the data and the samples."""
     threads: int | None = None
@@ -145,13 +157,17 @@ class TrainConfig:
             raise ValueError("choose one of --find-lr and --resume: the search keeps no checkpoint")
         if self.find_lr and self.carry_state:
             raise ValueError("--find-lr reads windows in any order: leave --carry-state out")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"precision must be auto, fp32 or bf16, but is {self.precision!r}")
-        if self.backend not in ("auto", "native", "torch"):
-            raise ValueError(f"backend must be auto, native or torch, but is {self.backend!r}")
+        if self.shard and self.optimizer == "muon":
+            raise ValueError("muon needs whole matrices, which --shard divides: choose adamw")
+        if self.precision not in ("auto", "fp32", "bf16", "fp64"):
+            raise ValueError(
+                f"precision must be auto, fp32, bf16 or fp64, but is {self.precision!r}"
+            )
         for name in ("steps", "batch_size", "context", "log_every", "eval_tokens"):
             at_least(name, getattr(self, name), 1)
-        for name in ("max_skipped", "keep"):
+        if self.backend not in ("auto", "native", "torch"):
+            raise ValueError(f"backend must be auto, native or torch, but is {self.backend!r}")
+        for name in ("max_skipped", "keep", "accumulate", "context_parallel"):
             at_least(name, getattr(self, name), 1)
         for name in ("eval_every", "save_every", "threads", "ffn_dim", "vocab_size", "stream"):
             at_least(name, getattr(self, name), 1)
@@ -191,12 +207,13 @@ class TrainConfig:
         return values
 
 
-NOT_OF_THE_RUN = ("out", "resume", "find_lr")
-"""Settings that say where and how to start, not what to compute."""
+NOT_OF_THE_RUN = ("out", "resume", "find_lr", "shard", "context_parallel")
+"""Settings that say where and how to start, not what to compute; a resumed run is told again."""
 
 FREE_ON_RESUME = (
     *(*NOT_OF_THE_RUN, "log_every", "eval_every", "sample_every", "save_every"),
     *("keep", "max_skipped", "threads", "backend", "compile"),
+    *("accumulate", "checkpoint_activations", "track"),
 )
 """Settings that a resumed run may change without becoming another run."""
 

@@ -91,6 +91,8 @@ def find_rate(config: TrainConfig, display: Display) -> RangeTest:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
     model = new_model(config, data.tokenizer, is_resumed=False).to(device)
+    if config.precision == "fp64":
+        model.double()
     recipe = recipe_of(model.config.mixer)
     decay = recipe.weight_decay if config.weight_decay is None else config.weight_decay
     optimizer = make_optimizer(model, recipe, LOWEST, decay, config.optimizer)

@@ -50,16 +50,16 @@ def _recipe(size: str, context: int, batch_size: int, **settings: Any) -> dict[s
 
 BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
     "cpu-2min": {
-        "rwkv": _recipe("nano", 128, 12, steps=1000, learning_rate=8e-3),
-        "transformer": _recipe("nano", 128, 12, steps=1200, learning_rate=1.6e-2),
+        "rwkv": _recipe("nano", 256, 4, steps=1500, learning_rate=8e-3),
+        "transformer": _recipe("nano", 256, 4, steps=1750, learning_rate=6e-3),
     },
     "cpu-10min": {
-        "rwkv": _recipe("4x192", 256, 8, steps=2600, learning_rate=6e-3),
-        "transformer": _recipe("4x192", 256, 8, steps=2900, learning_rate=1e-2),
+        "rwkv": _recipe("4x192", 256, 8, steps=2500, learning_rate=6e-3),
+        "transformer": _recipe("4x192", 256, 8, steps=2900, learning_rate=5e-3),
     },
     "cpu-1h": {
         "rwkv": _recipe("micro", 256, 8, steps=9500, learning_rate=4e-3, dropout=0.1),
-        "transformer": _recipe("micro", 256, 8, steps=10_500, learning_rate=6e-3, dropout=0.1),
+        "transformer": _recipe("micro", 256, 8, steps=10_500, learning_rate=4e-3, dropout=0.1),
     },
 }
 """Settings of `ebb train --recipe`, by the body that a mixer stands in."""

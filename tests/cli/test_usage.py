@@ -96,7 +96,10 @@ def test_overview_answers_without_loading_torch():
         (["train", "--learning-rate", "0"], "learning-rate must be above 0, but is 0.0"),
         (["train", "--learning-rate", "nan"], "learning-rate must be above 0, but is nan"),
         (["train", "--weight-decay", "nan"], "weight-decay must be at least 0, but is nan"),
-        (["train", "--precision", "fp64"], "precision must be auto, fp32 or bf16, but is 'fp64'"),
+        (
+            ["train", "--precision", "fp16"],
+            "precision must be auto, fp32, bf16 or fp64, but is 'fp16'",
+        ),
         (["compare", "--mixers", "rwkv7,rwkv7"], "mixers must be different, but are 'rwkv7"),
         (["compare", "--mixers", "rwkv7,"], "there is no mixer ''; choose one of "),
         (["compare", "--size", "big"], "there is no size 'big'; choose one of nano, "),
