@@ -17,10 +17,8 @@ from accelerate import PartialState
 
 from data.loader import Batch, StretchBatches, TrainingBatches, validation_batches
 from model.config import ModelConfig
-from model.language_model import LanguageModel
 from model.layers import MIXERS
 from model.ops import OPS, native
-from model.presets import preset
 from train import checkpoint as files
 from train.carry import Carry
 from train.compiling import compile_blocks, uncompiled
@@ -41,6 +39,7 @@ from train.run_folder import RunFolder
 from train.sampling import sample_text
 from train.schedule import rate_factor
 from train.snapshot import Snapshot, whole_tokenizer
+from train.starting import final_fraction, new_model, seed_dropout
 from train.trackers import start_trackers
 
 
@@ -113,10 +112,8 @@ class _Run:
         )
         self._validation_batches()  # refuses a text that is too short before anything is trained
         torch.manual_seed(config.seed)
-        model_config = preset(
-            config.size, config.mixer, self.data.tokenizer.vocab_size, ffn_dim=config.ffn_dim
-        )
-        self.model = LanguageModel(model_config)
+        self.model = new_model(config, self.data.tokenizer, is_resumed=resumed is not None)
+        model_config = self.model.config
         if config.precision == "fp64":
             self.model.double()
         self.recipe = recipe_of(model_config.mixer)
@@ -127,7 +124,7 @@ class _Run:
             files.fill(self.model, resumed.weights, f"The checkpoint in {self.folder}")
             self.progress = Progress(**resumed.progress)
         ranks.prepare(self.model)
-        self.optimizer = make_optimizer(self.model, self.recipe, self.rate, decay)
+        self.optimizer = make_optimizer(self.model, self.recipe, self.rate, decay, config.optimizer)
         if resumed is not None:
             self.optimizer.load_state_dict(ranks.divided(resumed.optimizer, self.optimizer))
             if self.carry is not None:
@@ -207,9 +204,11 @@ class _Run:
             self.progress.step,
             steps=self.config.steps,
             warmup=self._warmup(),
-            final_fraction=self.recipe.final_fraction,
+            final_fraction=final_fraction(self.config),
+            schedule=self.config.schedule,
         )
         set_rate(self.optimizer, self.rate * factor)
+        seed_dropout(self.config, self.progress.step)
         loss = self.ranks.forward_backward(
             batch, bf16=_is_bf16(self.config.precision), carry=self.carry
         )
@@ -362,6 +361,11 @@ def _is_bf16(precision: str) -> bool:
 
 def train_command(config: TrainConfig) -> None:
     """Runs `ebb train` and prints how it ended."""
+    if config.find_lr:
+        from train.find_rate import find_rate_command  # it needs what stands above
+
+        find_rate_command(config)
+        return
     result = train(config)
     if not PartialState().is_main_process:
         return
