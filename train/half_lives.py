@@ -1,10 +1,13 @@
 """How long a layer remembers by its decays alone: their half-lives on a text."""
 
+import itertools
 import math
 
 import torch
 from torch import Tensor
 
+from data.corpora import load_corpus
+from data.tokenizers import Tokenizer
 from model.language_model import LanguageModel
 from train.implied import Observed, observe
 
@@ -52,3 +55,9 @@ def half_lives(model: LanguageModel, tokens: Tensor) -> list[dict[str, float]]:
         for lives in found
         if lives is not None
     ]
+
+
+def known_text(tokenizer: Tokenizer, most: int) -> tuple[str, list[int]]:
+    """The beginning of the built-in text's validation part, and up to so many tokens of it."""
+    text = "".join(itertools.islice(load_corpus("sotu").validation, 1))[: 8 * most]
+    return text, tokenizer.encode(text)[:most]

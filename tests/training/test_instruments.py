@@ -14,7 +14,7 @@ from model.layers.attention import AttentionOptions
 from model.ops import OPS
 from model.ops.scores import SCORES
 from model.state import tensors
-from train import loop
+from train import run_instruments
 from train.implied import (
     effective_rank,
     entropies,
@@ -269,7 +269,7 @@ def test_names():
 def plain_and_read(workshop):
     """The same run without instruments and with all of them."""
     flags = ["--data", workshop / "text.txt", *TINY, "--mixer", "rwkv7", "--sample-every", "0"]
-    flags += ["--steps", "4", "--eval-every", "2", "--log-every", "1"]
+    flags += ["--steps", "4", "--eval-every", "2", "--log-every", "1", "--dropout", "0.1"]
     plain, read = workshop / "plain", workshop / "read"
     assert ebb("train", *flags, "--out", plain) == 0
     assert ebb("train", *flags, "--out", read, "--instruments", "all") == 0
@@ -300,7 +300,7 @@ def test_nothing_is_installed_or_read_where_no_instrument_is_on(workshop, monkey
     flags = ["--data", workshop / "text.txt", *TINY, "--mixer", "gla", "--sample-every", "0"]
     flags += ["--steps", "2", "--eval-every", "1"]
     calls = {"passes": 0, "observed": 0, "hooks": 0, "read": 0}
-    features, read = LanguageModel.features, loop.read_instruments
+    features, read = LanguageModel.features, run_instruments.read_instruments
 
     def counted(self, tokens, state=None, form="chunked", reset=None, observe=None):
         calls["passes"] += 1
@@ -316,7 +316,7 @@ def test_nothing_is_installed_or_read_where_no_instrument_is_on(workshop, monkey
         return read(*args)
 
     monkeypatch.setattr(LanguageModel, "features", counted)
-    monkeypatch.setattr(loop, "read_instruments", counted_read)
+    monkeypatch.setattr(run_instruments, "read_instruments", counted_read)
     assert ebb("train", *flags, "--out", workshop / "off") == 0
     assert calls["passes"] >= 4
     assert calls == {"passes": calls["passes"], "observed": 0, "hooks": 0, "read": 0}
