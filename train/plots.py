@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from train.figure import context_axis, panels, save, say_empty, set_title, styles, ticks
-from train.findings import equal_time, growing, leaders, overlap
+from train.report.outcomes import equal_time, growing, leaders, overlap
 from train.readable import listed, readable_bytes, readable_count, readable_seconds, short_context
 
 LONGEST_TITLE = 51
