@@ -27,10 +27,17 @@ INK, QUIET, GRID = "#222222", "#5F5F5F", "#E4E4E4"
 
 def panels(names: Sequence[str]) -> tuple[Figure, tuple[Axes, Axes]]:
     """Two panels under one legend: a fixed colour for each name, by its place."""
-    figure = Figure(figsize=(10.5, 4.6), dpi=DPI, layout="constrained", facecolor="white")
+    figure, (left, right) = panel_rows(names, 1)
+    return figure, (left, right)
+
+
+def panel_rows(names: Sequence[str], rows: int) -> tuple[Figure, list[Axes]]:
+    """The same with more rows of two, from left to right and down."""
+    size = (10.5, 4.6 * rows)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for axes in (left, right):
+    every: list[Axes] = list(figure.subplots(rows, 2).flat)
+    for axes in every:
         axes.grid(color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         for side in ("top", "right"):
@@ -53,7 +60,7 @@ def panels(names: Sequence[str]) -> tuple[Figure, tuple[Axes, Axes]]:
         labelcolor=INK,
         handlelength=2.2,
     )
-    return figure, (left, right)
+    return figure, every
 
 
 def styles() -> "cycle[dict[str, Any]]":

@@ -54,7 +54,8 @@ def with_margin(values: Sequence[float], digits: int = 3) -> str:
 
 def readable_flops(flops: float) -> str:
     """`1.23e14`, as budgets are written."""
-    return f"{flops:.3g}".replace("e+", "e")
+    number, _, power = f"{flops:.2e}".partition("e")
+    return f"{float(number):g}e{int(power)}" if flops >= 1000 else f"{flops:g}"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ Two speeds differ if the middle halves of their measurements do not overlap.
 from itertools import pairwise
 from typing import Any
 
-from train.readable import ratio_digits, readable_bytes, three_digits, listed
+from train.readable import listed, ratio_digits, readable_bytes, three_digits
 from train.report.outcomes import SOFTMAX, growing, overlap
 
 

@@ -95,7 +95,8 @@ def _by_how_much(mixers: list[str], found: dict[str, Any]) -> str:
 def _setup(results: dict[str, Any]) -> str:
     models, seeds = results["models"], num_seeds(results["models"])
     parameters = count_range([m["parameters"] for m in models])
-    tokens = count_range([run["tokens"] for m in models for run in m["runs"]])
+    whole = [run["tokens"] for m in models for run in m["runs"] if divergence(run) is None]
+    tokens = count_range(whole or [run["tokens"] for m in models for run in m["runs"]])
     return (
         f"{listed([m['mixer'] for m in models])}: {parameters} parameters, trained on {tokens} "
         f"tokens of {results['settings']['data'].rstrip('/').rpartition('/')[2]} with "

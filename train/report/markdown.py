@@ -9,17 +9,18 @@ from train.report.findings import summary
 
 PLOTS = {
     "loss.png": "Validation and training loss against tokens and against time",
-    "compute.png": "Validation and training loss against FLOPs",
+    "compute.png": "Loss against training FLOPs, and bits per byte with their intervals",
     "generation.png": "Time per token and memory for the state against context",
     "lengths.png": "Loss by position and by the length of the window",
+    "tasks.png": "Accuracy at each task",
 }
 """What each picture shows, which is its text for those who cannot see it."""
 
 ABOVE = {"generation.png": "Generation", "lengths.png": "Longer contexts"}
-"""The table that a picture follows; the others follow the results."""
+"""The table that a picture follows."""
 
 
-def report_text(results: dict[str, Any], plots: Sequence[str] = tuple(PLOTS)) -> str:
+def report_text(results: dict[str, Any], plots: Sequence[str] = ()) -> str:
     """The report as markdown, images by relative name, no absolute path.
 
     Args:
@@ -32,11 +33,14 @@ def report_text(results: dict[str, Any], plots: Sequence[str] = tuple(PLOTS)) ->
         parts.append("\n".join(f"- {escape_markdown(line)}" for line in section.lines))
     parts += ["## Results", _table(tables.overview(results))]
     parts.append(escape_markdown(prose.reading_notes(results)))
-    parts += [_image(name) for name in plots if name not in ABOVE]
-    for table in tables.tables(results):
+    parts += [_image(name) for name in plots if name in ("loss.png", "compute.png")]
+    others = tables.tables(results)
+    last_task = next((t for t in reversed(others) if t.title.startswith("Task: ")), None)
+    for table in others:
         parts += [f"## {escape_markdown(table.title)}", _table(table)]
         parts.append(escape_markdown(prose.table_note(table.title, results)))
         parts += [_image(name) for name in plots if ABOVE.get(name) == table.title]
+        parts += [_image("tasks.png")] if "tasks.png" in plots and table is last_task else []
     samples = [model for model in results["models"] if model.get("sample")]
     parts += ["## Samples"] if samples else []
     parts += [_sample(model) for model in samples]
@@ -80,4 +84,6 @@ def _recipe(results: dict[str, Any]) -> str:
     command, note, rows = prose.recipe(results)
     cells = [[tables.Cell(text) for text in row] for row in rows]
     table = tables.Table("", ["setting", "value"], cells, numbers=False)
-    return f"```\n{command}\n```\n\n{note}\n\n{_table(table)}"
+    longest = max((len(run) for run in re.findall("`+", command)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{command}\n{fence}\n\n{note}\n\n{_table(table)}"

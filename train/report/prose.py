@@ -9,7 +9,7 @@ from train.report.paths import portable, without_folders
 
 SHORTENED = "Full paths in this command were cut to their last part."
 SAME_NUMBERS = (
-    "On the same machine with the same versions it gives the same losses, bit for bit; times differ."
+    "The same machine and versions give the same losses again, bit for bit; times will differ."
 )
 
 
@@ -105,7 +105,7 @@ def limits(results: dict[str, Any]) -> str:
 
 def _state_note(models: list[dict[str, Any]]) -> str:
     softmax = [model["mixer"] for model in models if is_softmax(model["mixer"])]
-    text = "Milliseconds are medians, with the middle half of the measurements in brackets."
+    text = "Milliseconds are medians, beside the middle half of the measurements."
     if softmax:
         text += (
             f" The softmax baseline ({listed(softmax)}) keeps the key and the value of every token "

@@ -144,31 +144,26 @@ def _tuning(models: Sequence[dict[str, Any]]) -> Table:
 
 
 def _generation(models: Sequence[dict[str, Any]]) -> Table:
-    contexts = sorted({point["context"] for model in models for point in model["generation"]})
+    """By context, so that the mixers stand together; a mixer may lack some."""
     has_peak = any(p.get("peak_memory_bytes") for m in models for p in m["generation"])
-    head = ["context"]
-    for model in models:
-        name = model["mixer"]
-        head += [f"{name} ms/token", f"{name} state", f"{name} state and weights"]
-        head += [f"{name} peak memory"] if has_peak else []
+    head = ["mixer", "context", "ms/token", "middle half", "state", "state and weights"]
     rows = []
-    for context in contexts:
-        row = [Cell(f"{context:,}", context)]
+    for context in sorted({point["context"] for m in models for point in m["generation"]}):
         for model in models:
             points = {point["context"]: point for point in model["generation"]}
-            cells = _generation_cells(points.get(context), model["weight_bytes"])
-            row += cells if has_peak else cells[:-1]
-        rows.append(row)
-    return Table("Generation", head, rows)
+            if context in points:
+                cells = _generation_cells(points[context], model["weight_bytes"])
+                rows.append([Cell(model["mixer"]), *(cells if has_peak else cells[:-1])])
+    return Table("Generation", head + (["peak memory"] if has_peak else []), rows)
 
 
-def _generation_cells(point: dict[str, Any] | None, weight_bytes: int) -> list[Cell]:
-    if point is None:
-        return [Cell(MISSING)] * 4
+def _generation_cells(point: dict[str, Any], weight_bytes: int) -> list[Cell]:
     middle, low, high = (three_digits(point[key]) for key in ("ms_per_token", "low", "high"))
     sizes = (point["state_bytes"], point["state_bytes"] + weight_bytes)
     return [
-        Cell(f"{middle} ({low} to {high})", point["ms_per_token"]),
+        Cell(f"{point['context']:,}", point["context"]),
+        Cell(middle, point["ms_per_token"]),
+        Cell(f"{low} to {high}", point["low"]),
         *(Cell(readable_bytes(size), size) for size in sizes),
         _cell(point.get("peak_memory_bytes"), readable_bytes),
     ]
@@ -195,9 +190,7 @@ def _task(name: str, models: Sequence[dict[str, Any]]) -> Table:
         row = [Cell(studies.point_text(point), place)]
         for model in took_part:
             values = studies.task_values(name, point, model)
-            row.append(
-                Cell(studies.percent(values), fmean(values)) if values else Cell(MISSING)
-            )
+            row.append(Cell(studies.percent(values), fmean(values)) if values else Cell(MISSING))
         rows.append(row)
     return Table(f"Task: {name}", ["point", *(m["mixer"] for m in took_part)], rows)
 
@@ -223,6 +216,6 @@ def _runs(models: Sequence[dict[str, Any]]) -> Table:
 def _run_losses(run: dict[str, Any]) -> list[Cell]:
     if (found := divergence(run)) is not None:
         at = "" if found.step is None else f" at step {found.step:,}"
-        return [Cell(f"diverged{at}: {found.reason}"), Cell("diverged")]
+        return [Cell(f"diverged{at}"), Cell(MISSING)]
     keys = ("validation_loss", "validation_bits_per_byte")
     return [Cell(f"{run[key]:.4f}", run[key]) for key in keys]
