@@ -16,9 +16,13 @@ class Browser:
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
         self.read, self.write = os.fdopen(ours_in, "rb"), os.fdopen(ours_out, "wb")
-        pipes = f"exec 3<&{theirs_in} 4>&{theirs_out}; exec \"$@\""
+        pipes = f'exec 3<&{theirs_in} 4>&{theirs_out}; exec "$@"'
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-        command += ["--disable-dev-shm-usage", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+        command += [
+            "--disable-dev-shm-usage",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+        ]
         self.process = subprocess.Popen(
             ["/bin/sh", "-c", pipes, "sh", *command, "about:blank"],
             pass_fds=(theirs_in, theirs_out),

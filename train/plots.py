@@ -77,6 +77,8 @@ def save_loss_plot(results: dict[str, Any], path: Path) -> None:
     note = "Thick: validation loss. Thin: training loss." if has_training else "Validation loss."
     if any(len(model["runs"]) > 1 for model in models):
         note += " One line for each seed; training loss of the first."
+    if any(divergence(run) for model in models for run in model["runs"]):
+        note += " ×: diverged."  # noqa: RUF001 - the cross that is drawn
     save(figure, note, path)
 
 
@@ -179,6 +181,7 @@ def _draw_losses(axes: Axes, models: list[dict[str, Any]], x: str, units: Sequen
     """A run that diverged is drawn as far as it came, and does not set the range of the axis."""
     shown: list[float] = []
     diverged: list[float] = []
+    ends: list[tuple[float, float, str]] = []
     for model, unit, style in zip(models, units, styles(), strict=False):
         thick = 2.0 if len(model["runs"]) == 1 else 1.3
         for number, run in enumerate(model["runs"]):
@@ -189,8 +192,8 @@ def _draw_losses(axes: Axes, models: list[dict[str, Any]], x: str, units: Sequen
                 kept += late[:1] if len(run["validation_curve"]) > 1 else late
             validation = style | {"linewidth": thick, "zorder": 3}
             kept += _draw_curve(axes, run["validation_curve"], x, unit, validation)
-            if failed:
-                _mark_end(axes, run, x, unit, style["color"])
+            if failed and (end := _end(run, x)) is not None:
+                ends.append((end[0] / unit, end[1], style["color"]))
     shown = shown or diverged
     if not shown:
         say_empty(axes, "no loss was recorded")
@@ -199,17 +202,17 @@ def _draw_losses(axes: Axes, models: list[dict[str, Any]], x: str, units: Sequen
     pad = max(0.05 * (high - low), 0.01 * abs(low), 1e-6)
     axes.set_ylim(low - pad, high + pad)
     axes.set_xlim(left=0)
+    for at, loss, color in ends:  # where it broke off, or above that at the edge
+        place = min(max(loss, low), high)
+        axes.plot(at, place, color=color, marker="x", markersize=8, markeredgewidth=2, zorder=4)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.ticklabel_format(axis="y", useOffset=False)
 
 
-def _mark_end(axes: Axes, run: dict[str, Any], x: str, unit: float, color: str) -> None:
-    """A cross where a run broke off."""
+def _end(run: dict[str, Any], x: str) -> tuple[float, float] | None:
+    """The last point of a run that has a loss."""
     points = [p for p in [*run["validation_curve"], *run["curve"]] if finite(p["loss"])]
-    if points:
-        last = max(points, key=lambda point: float(point[x]))
-        style: dict[str, Any] = {"marker": "x", "markersize": 8, "markeredgewidth": 2}
-        axes.plot(last[x] / unit, last["loss"], color=color, zorder=4, **style)
+    return max(((float(p[x]), float(p["loss"])) for p in points), default=None)
 
 
 def _draw_curve(

@@ -39,6 +39,8 @@ class Line(NamedTuple):
     """Its place among the mixers, which is its colour everywhere."""
     points: Points
     faint: bool = False
+    one_of_many: bool = False
+    """Whether there is a line for every seed: thinner, without dots."""
     band: Sequence[tuple[float, float, float]] = ()
     """x, low and high."""
     end: str = ""
@@ -89,6 +91,8 @@ def loss_charts(models: Sequence[dict[str, Any]]) -> list[Chart]:
         known = [m if m.get("flops_per_token") else {**m, "runs": []} for m in models]
         flops = Axis("Training compute (FLOPs)", readable_flops)
         charts.append(_loss_chart(known, "tokens", lambda m: m.get("flops_per_token") or 1, flops))
+    if any(divergence(run) for model in models for run in model["runs"]):
+        note += " ×: diverged."  # noqa: RUF001 - the cross that is drawn
     return [chart._replace(note=note) for chart in charts if chart.lines]
 
 
@@ -216,7 +220,9 @@ def _loss_chart(
             if place == 0 or (failure and not validation):
                 lines.append(Line(number, training, faint=True))
             end = "" if failure is None else f"diverged: {failure.reason}"
-            lines.append(Line(number, validation or training[-1:] if end else validation, end=end))
+            shape = validation or (training[-1:] if end else [])
+            many = len(model["runs"]) > 1 and len(shape) > 1
+            lines.append(Line(number, shape, one_of_many=many, end=end))
             if failure is None:
                 late = _late(training) if place == 0 else []
                 shown += _late(validation) + (late[:1] if len(validation) > 1 else late)

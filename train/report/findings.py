@@ -73,19 +73,23 @@ def _verdict(results: dict[str, Any]) -> list[str]:
     ahead = [mixer for mixer, g in found.items() if g.clear and g.mean < 0]
     tied = [mixer for mixer, g in found.items() if not g.clear]
     behind = [mixer for mixer, g in found.items() if g.clear and g.mean > 0]
+    softmax = "softmax" if "softmax" in name else f"softmax ({name})"
     if not ahead and not tied:
-        text = f"Softmax wins at predicting this text: it is ahead of {_by_how_much(behind, found)}"
+        text = f"{softmax} wins at predicting this text: it is ahead of "
+        text += _by_how_much(behind, found)
     elif not ahead:
-        text = f"No difference found between softmax and {listed(tied)} in predicting this text"
+        text = f"No difference found between {softmax} and {listed(tied)} in predicting this text"
         text += f"; softmax is ahead of {_by_how_much(behind, found)}" if behind else ""
     else:
         verb = "beats" if len(ahead) == 1 else "beat"
-        text = f"Softmax is not needed to predict this text: {_by_how_much(ahead, found)} {verb} it"
+        text = (
+            f"{softmax} is not needed to predict this text: {_by_how_much(ahead, found)} {verb} it"
+        )
         text += f"; no difference found to {listed(tied)}" if tied else ""
         text += f"; it is ahead of {_by_how_much(behind, found)}" if behind else ""
     if any(g.margin is None for g in found.values()):
         text += ". One seed each: the noise from seed to seed is unknown, so this may be chance"
-    return [f"{text}."]
+    return [f"{text[0].upper()}{text[1:]}."]
 
 
 def _by_how_much(mixers: list[str], found: dict[str, Any]) -> str:
@@ -130,7 +134,7 @@ def _failures(results: dict[str, Any]) -> list[str]:
 def _qualities(results: dict[str, Any]) -> list[str]:
     base, others = baseline(results["models"])
     scored = scores(results["models"])
-    lines = [_ranking(scored)] if len(scored) > 2 else []
+    lines = [_ranking(scored)] if len(scored) - (base["mixer"] in scored) > 1 else []
     both = [m["mixer"] for m in others if {m["mixer"], base["mixer"]} <= scored.keys()]
     lines += [_quality(mixer, base["mixer"], scored) for mixer in both]
     if (equal := equal_time(results)) is not None:

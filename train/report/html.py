@@ -39,9 +39,9 @@ def page(results: dict[str, Any]) -> str:
         **{found.title: [found] for found in chart.task_charts(models)},
     }
     body += [
-        f"<section><h2>{_text(table.title)}</h2>{_table(table)}"
-        f"{_note(prose.table_note(table.title, results))}"
-        f"{pictures.row(drawn.get(table.title, []))}</section>"
+        f'<section><h2>{_text(table.title)}</h2><div class="beside"><div>{_table(table)}'
+        f"{_note(prose.table_note(table.title, results))}</div>"
+        f"{pictures.row(drawn.get(table.title, []))}</div></section>"
         for table in tables.tables(results)
     ]
     body += [_samples(models), _recipe(results)]
@@ -103,7 +103,10 @@ def _summary(sections: Sequence[Section]) -> str:
     first, *rest = sections
     verdict, *others = first.lines
     parts = [f'<p class="verdict">{_text(verdict)}</p>', _bullets(others)]
-    parts += [f"<h3>{_text(section.title)}</h3>{_bullets(section.lines)}" for section in rest]
+    groups = [
+        f"<div><h3>{_text(section.title)}</h3>{_bullets(section.lines)}</div>" for section in rest
+    ]
+    parts.append(f'<div class="groups">{"".join(groups)}</div>')
     return f'<section class="summary"><h2>Summary</h2>{"".join(parts)}</section>'
 
 

@@ -16,7 +16,7 @@ COLORS, DASHES = 7, 3
 """As many as the style sheet has; once all colours are taken they come again, dashed."""
 MARKED = 12
 """Lines of at most so many points have a dot at each."""
-ROW = 26
+ROW, TOP_OF_ROWS = 26, 4
 
 
 class Scale(NamedTuple):
@@ -57,7 +57,7 @@ def draw(chart: Chart, names: Sequence[str], key: str) -> str:
     parts = [
         f'<clipPath id="{key}-clip"><rect x="{LEFT}" y="{TOP - 4}" '
         f'width="{WIDTH - LEFT - RIGHT + 6}" height="{HEIGHT - TOP - BOTTOM + 4}"/></clipPath>',
-        *_x_axis(chart.x, x, HEIGHT - BOTTOM),
+        *_x_axis(chart.x, x, TOP, HEIGHT - BOTTOM),
         *_y_axis(chart.y, y),
         f'<g clip-path="url(#{key}-clip)">',
     ]
@@ -69,14 +69,14 @@ def draw(chart: Chart, names: Sequence[str], key: str) -> str:
 def draw_estimates(found: Estimates, names: Sequence[str], key: str) -> str:
     """A dot and a bar for each mixer, the best on top."""
     rows = sorted(found.rows, key=lambda row: row[1])
-    height = TOP + ROW * len(rows) + BOTTOM
+    height = TOP_OF_ROWS + ROW * len(rows) + BOTTOM
     left = 16 + 7 * min(22, max(len(names[mixer]) for mixer, *_ in rows))
     ends = [mean + sign * margin for _, mean, margin in rows for sign in (-1, 1)]
     axis = Axis(found.label, "{:,.6g}".format)
     x = _scale(axis, ends, left, WIDTH - 24, pad=0.08)
-    parts = list(_x_axis(axis, x, height - BOTTOM))
+    parts = _x_axis(axis, x, TOP_OF_ROWS, height - BOTTOM)
     for place, (mixer, mean, margin) in enumerate(rows):
-        at, middle = TOP + ROW * (place + 0.5), x(mean)
+        at, middle = TOP_OF_ROWS + ROW * (place + 0.5), x(mean)
         low, high = x(mean - margin), x(mean + margin)
         name, style = names[mixer], series_class(mixer)
         shown = name if len(name) <= 22 else f"{name[:21]}…"
@@ -123,14 +123,14 @@ def _scale(
     return Scale(low, high, start, end, log=False)
 
 
-def _x_axis(axis: Axis, scale: Scale, base: float) -> list[str]:
+def _x_axis(axis: Axis, scale: Scale, top: float, base: float) -> list[str]:
     parts = [f'<path class="axis" d="M{scale.start:g} {base:g}H{scale.end:g}"/>']
     ticks = list(axis.ticks) or _round_ticks(scale, 5)
     room = (scale.end - scale.start) / max(1, max(len(axis.text(tick)) for tick in ticks) + 2)
     for tick in _thin(ticks, int(room / 7), scale):
         at = scale(tick)
         parts.append(
-            f'<path class="grid" d="M{at:.1f} {TOP}V{base:g}"/>'
+            f'<path class="grid" d="M{at:.1f} {top:g}V{base:g}"/>'
             f'<text class="tick" x="{at:.1f}" y="{base + 16:g}">{escape(axis.text(tick))}</text>'
         )
     middle = (scale.start + scale.end) / 2
@@ -151,14 +151,16 @@ def _y_axis(axis: Axis, scale: Scale) -> list[str]:
 
 
 def _line(line: Line, name: str, x: Scale, y: Scale, chart: Chart) -> list[str]:
-    style = series_class(line.mixer) + (" faint" if line.faint else "")
+    style = series_class(line.mixer)
+    style += " faint" if line.faint else " many" if line.one_of_many else ""
     parts = [f'<g class="{style}"><title>{escape(name)}</title>']
     if len(line.band) > 1:
         edge = [(a, high) for a, _, high in line.band]
         edge += [(a, low) for a, low, _ in reversed(line.band)]
         parts.append(f'<path class="band" d="{_path(edge, x, y)}Z"/>')
     parts.append(f'<path class="line" d="{_path(line.points, x, y)}"/>')
-    few = line.points if len(line.points) <= MARKED and not line.faint else []
+    plain = line.faint or line.one_of_many or len(line.points) > MARKED
+    few = [] if plain else line.points
     for a, b in few:
         said = f"{name}: {chart.y.text(b)} at {chart.x.text(a)}"
         parts.append(

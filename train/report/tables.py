@@ -80,9 +80,9 @@ def columns(results: dict[str, Any]) -> list[Column]:
 def tables(results: dict[str, Any]) -> list[Table]:
     """Those that follow the results table, in the order in which they are shown."""
     models = results["models"]
-    found = [_tuning(models), _generation(models), _lengths(models)]
+    found = [_generation(models), _lengths(models)]
     found += [_task(name, models) for name in studies.tasks_of(models)]
-    return [table for table in [*found, _runs(models)] if table.rows]
+    return [table for table in [*found, _tuning(models), _runs(models)] if table.rows]
 
 
 def overview(results: dict[str, Any]) -> Table:
