@@ -4,48 +4,72 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import threading
 from base64 import b64decode
+from contextlib import suppress
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 
+PIPES = """
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(pipe), fcntl.F_DUPFD, 10) for pipe in sys.argv[1:3]]
+for at, pipe in zip((3, 4), pipes):
+    os.dup2(pipe, at)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Starts a program whose pipes are where Chromium expects them."""
+
+PATIENCE = 60.0
+"""Seconds after which a browser is ended: one that hangs would hang the tests."""
+
 
 class Browser:
-    """One page in one process; as a context manager it ends with the block."""
+    """One page in one process, which ends with the block."""
 
     def __init__(self, profile):
+        self.profile, self.number, self.session, self.events = profile, 0, None, []
+
+    def __enter__(self):
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
         self.read, self.write = os.fdopen(ours_in, "rb"), os.fdopen(ours_out, "wb")
-        pipes = f'exec 3<&{theirs_in} 4>&{theirs_out}; exec "$@"'
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-        command += [
-            "--disable-dev-shm-usage",
-            "--remote-debugging-pipe",
-            f"--user-data-dir={profile}",
-        ]
+        command += ["--disable-dev-shm-usage", "--remote-debugging-pipe"]
+        command += [f"--user-data-dir={self.profile}", "about:blank"]
         self.process = subprocess.Popen(
-            ["/bin/sh", "-c", pipes, "sh", *command, "about:blank"],
+            [sys.executable, "-c", PIPES, str(theirs_in), str(theirs_out), *command],
             pass_fds=(theirs_in, theirs_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         os.close(theirs_in)
         os.close(theirs_out)
-        self.number, self.session, self.events = 0, None, []
-        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.ask(f"{domain}.enable")
-
-    def __enter__(self):
+        self.guard = threading.Timer(PATIENCE, self.process.kill)
+        self.guard.start()
+        try:
+            target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+            attached = self.ask("Target.attachToTarget", targetId=target, flatten=True)
+            self.session = attached["sessionId"]
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                self.ask(f"{domain}.enable")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_):
-        self.session = None
-        self.ask("Browser.close")
-        self.process.wait(20)
+        try:
+            self.session = None
+            self.ask("Browser.close")
+            self.process.wait(20)
+        except (AssertionError, OSError, subprocess.TimeoutExpired):
+            self.process.kill()
+            self.process.wait()
+        self.guard.cancel()
         self.read.close()
-        self.write.close()
+        with suppress(OSError):  # what it has not read any more
+            self.write.close()
 
     def ask(self, method, **params):
         """The answer to one command; events that come meanwhile are kept."""

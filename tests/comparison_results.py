@@ -151,7 +151,7 @@ def with_tasks(one, recall, parity):
     one["tasks"] = {
         task: [
             {"point": {key: place}, "accuracy": value, "seeds": [value - 0.01, value + 0.01]}
-            for place, value in zip(places, values, strict=True)
+            for place, value in zip(places, values, strict=False)
         ]
         for (task, (key, places)), values in zip(points.items(), (recall, parity), strict=True)
     }

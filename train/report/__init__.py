@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import save_json, write_atomically
+from train.checkpoint import save_json, write_atomically, write_text
 from train.report.findings import summary_lines as summary_lines
 from train.report.html import page
 from train.report.markdown import escape_markdown as escape_markdown
@@ -35,9 +35,9 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
         ) from error
     save_json(folder / RESULTS, results)
     plots = save_plots(results, folder)
-    for name, text in ((PAGE, page(results)), (REPORT, report_text(results, plots))):
-        write_atomically(folder / name, lambda beside, text=text: _write(beside, text))
+    _write(folder / PAGE, page(results))
+    _write(folder / REPORT, report_text(results, plots))
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_atomically(path, lambda beside: write_text(beside, text))

@@ -82,9 +82,8 @@ def _verdict(results: dict[str, Any]) -> list[str]:
         text += f"; softmax is ahead of {_by_how_much(behind, found)}" if behind else ""
     else:
         verb = "beats" if len(ahead) == 1 else "beat"
-        text = (
-            f"{softmax} is not needed to predict this text: {_by_how_much(ahead, found)} {verb} it"
-        )
+        text = f"{softmax} is not needed to predict this text: "
+        text += f"{_by_how_much(ahead, found)} {verb} it"
         text += f"; no difference found to {listed(tied)}" if tied else ""
         text += f"; it is ahead of {_by_how_much(behind, found)}" if behind else ""
     if any(g.margin is None for g in found.values()):

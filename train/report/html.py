@@ -1,6 +1,6 @@
 """The report as one page of HTML: nothing is loaded from anywhere, now or when it is opened.
 
-Plain strings, and `html.escape` around everything that was measured, named or written by a model:
+Plain strings, and `safe` around everything that was measured, named or written by a model:
 there is one page, and a template language would be one more thing to learn. A content security
 policy forbids every outside address, and every script but the one that sorts the tables.
 """
@@ -9,13 +9,13 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from functools import cache
-from html import escape
 from importlib.resources import files
 from typing import Any
 
 from train.report import chart, prose, svg, tables
 from train.report.findings import Section, summary
 from train.report.outcomes import finite
+from train.report.text import safe
 
 
 def page(results: dict[str, Any]) -> str:
@@ -24,11 +24,11 @@ def page(results: dict[str, Any]) -> str:
     pictures = _Pictures([model["mixer"] for model in models])
     title = prose.title(results)
     body = [
-        f"<h1>{_text(title)}</h1>",
+        f"<h1>{safe(title)}</h1>",
         _summary(summary(results)),
         "<section><h2>Results</h2>",
         _table(tables.overview(results)),
-        f"<p class=note>{_text(prose.reading_notes(results))} Click a heading to sort by it.</p>",
+        f"<p class=note>{safe(prose.reading_notes(results))} Click a heading to sort by it.</p>",
         pictures.row(chart.loss_charts(models), chart.estimates(models)),
         "</section>",
     ]
@@ -39,13 +39,13 @@ def page(results: dict[str, Any]) -> str:
         **{found.title: [found] for found in chart.task_charts(models)},
     }
     body += [
-        f'<section><h2>{_text(table.title)}</h2><div class="beside"><div>{_table(table)}'
+        f'<section><h2>{safe(table.title)}</h2><div class="beside"><div>{_table(table)}'
         f"{_note(prose.table_note(table.title, results))}</div>"
         f"{pictures.row(drawn.get(table.title, []))}</div></section>"
         for table in tables.tables(results)
     ]
     body += [_samples(models), _recipe(results)]
-    body.append(f"<section><h2>Limits</h2><p>{_text(prose.limits(results))}</p></section>")
+    body.append(f"<section><h2>Limits</h2><p>{safe(prose.limits(results))}</p></section>")
     return _document(title, "\n".join(part for part in body if part))
 
 
@@ -82,40 +82,35 @@ class _Pictures:
     def _legend(self, mixers: Sequence[int]) -> str:
         entries = [
             f'<li><svg viewBox="0 0 28 8" aria-hidden="true" class="{svg.series_class(mixer)}">'
-            f'<path class="line" d="M0 4H28"/></svg>{_text(self.names[mixer])}</li>'
+            f'<path class="line" d="M0 4H28"/></svg>{safe(self.names[mixer])}</li>'
             for mixer in mixers
         ]
         return f'<ul class="legend">{"".join(entries)}</ul>'
 
     def _figure(self, title: str, note: str, legend: str, picture: str) -> str:
         return (
-            f"<figure><h3>{_text(title)}</h3>{legend}{picture}"
-            f"<figcaption>{_text(note)}</figcaption></figure>"
+            f"<figure><h3>{safe(title)}</h3>{legend}{picture}"
+            f"<figcaption>{safe(note)}</figcaption></figure>"
         )
-
-
-def _text(text: str) -> str:
-    """Safe anywhere in a page; what does not print becomes a space, but for line breaks."""
-    return escape("".join(c if c.isprintable() or c == "\n" else " " for c in text))
 
 
 def _summary(sections: Sequence[Section]) -> str:
     first, *rest = sections
     verdict, *others = first.lines
-    parts = [f'<p class="verdict">{_text(verdict)}</p>', _bullets(others)]
+    parts = [f'<p class="verdict">{safe(verdict)}</p>', _bullets(others)]
     groups = [
-        f"<div><h3>{_text(section.title)}</h3>{_bullets(section.lines)}</div>" for section in rest
+        f"<div><h3>{safe(section.title)}</h3>{_bullets(section.lines)}</div>" for section in rest
     ]
     parts.append(f'<div class="groups">{"".join(groups)}</div>')
     return f'<section class="summary"><h2>Summary</h2>{"".join(parts)}</section>'
 
 
 def _bullets(lines: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul>" if lines else ""
+    return f"<ul>{''.join(f'<li>{safe(line)}</li>' for line in lines)}</ul>" if lines else ""
 
 
 def _note(text: str) -> str:
-    return f'<p class="note">{_text(text)}</p>' if text else ""
+    return f'<p class="note">{safe(text)}</p>' if text else ""
 
 
 def _table(table: tables.Table, *, sortable: bool = True) -> str:
@@ -125,14 +120,14 @@ def _table(table: tables.Table, *, sortable: bool = True) -> str:
         first, *others = (
             f' data-value="{cell.value!r}"' if finite(cell.value) else "" for cell in row
         )
-        cells = [f'<th scope="row"{first}>{_text(row[0].text)}</th>']
+        cells = [f'<th scope="row"{first}>{safe(row[0].text)}</th>']
         cells += [
-            f"<td{value}>{_text(cell.text)}</td>"
+            f"<td{value}>{safe(cell.text)}</td>"
             for value, cell in zip(others, row[1:], strict=True)
         ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     kind = "numbers" if table.numbers else "words"
-    name = _text(table.title or "Settings")
+    name = safe(table.title or "Settings")
     return (
         f'<div class="table" role="region" tabindex="0" aria-label="{name}">'
         f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
@@ -142,14 +137,14 @@ def _table(table: tables.Table, *, sortable: bool = True) -> str:
 
 def _heading(name: str, *, sortable: bool) -> str:
     if not sortable or not name:
-        return f'<th scope="col">{_text(name)}</th>'
-    return f'<th scope="col" aria-sort="none"><button type="button">{_text(name)}</button></th>'
+        return f'<th scope="col">{safe(name)}</th>'
+    return f'<th scope="col" aria-sort="none"><button type="button">{safe(name)}</button></th>'
 
 
 def _samples(models: Sequence[dict[str, Any]]) -> str:
     quotes = [
-        f"<h3>{_text(model['mixer'])}</h3><blockquote dir=auto>"
-        f"<b>{_text(model['sample']['prompt'])}</b>{_text(model['sample']['text'])}</blockquote>"
+        f"<h3>{safe(model['mixer'])}</h3><blockquote dir=auto>"
+        f"<b>{safe(model['sample']['prompt'])}</b>{safe(model['sample']['text'])}</blockquote>"
         for model in models
         if model.get("sample")
     ]
@@ -164,8 +159,8 @@ def _recipe(results: dict[str, Any]) -> str:
     cells = [[tables.Cell(text) for text in row] for row in rows]
     table = tables.Table("", ["setting", "value"], cells, numbers=False)
     return (
-        f"<section><h2>How to repeat it</h2><pre tabindex=0><code>{_text(command)}</code></pre>"
-        f"<p class=note>{_text(note)}</p>{_table(table, sortable=False)}</section>"
+        f"<section><h2>How to repeat it</h2><pre tabindex=0><code>{safe(command)}</code></pre>"
+        f"<p class=note>{safe(note)}</p>{_table(table, sortable=False)}</section>"
     )
 
 
@@ -186,7 +181,7 @@ def _document(title: str, body: str) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f'<link rel="icon" href="data:,">\n<title>{_text(title)}</title>\n'
+        f'<link rel="icon" href="data:,">\n<title>{safe(title)}</title>\n'
         f"<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
         f"<script>{script}</script>\n</body>\n</html>\n"
     )

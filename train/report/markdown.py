@@ -6,6 +6,7 @@ from typing import Any
 
 from train.report import prose, tables
 from train.report.findings import summary
+from train.report.text import printable
 
 PLOTS = {
     "loss.png": "Validation and training loss against tokens and against time",
@@ -51,7 +52,7 @@ def report_text(results: dict[str, Any], plots: Sequence[str] = ()) -> str:
 
 def escape_markdown(text: str) -> str:
     """One line of text that markdown shows as it is."""
-    shown = "".join(char if char.isprintable() else " " for char in text).strip()
+    shown = printable(text).replace("\n", " ").strip()
     shown = re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", shown)
     shown = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", shown)
     return re.sub(r"^([-+=])", r"\\\1", shown)

@@ -29,8 +29,8 @@ def lengths(models: Sequence[dict[str, Any]]) -> list[str]:
         shown += [f"{name} none that is finite" for name in order if math.isinf(values[name])]
         times = study.lengths[-1].length // study.context
         lines.append(
-            f"At the end of windows of {study.lengths[-1].length:,} tokens ({times} times the trained "
-            f"context) the loss in nats per token is: {', '.join(shown)} (first seed only)."
+            f"At the end of windows of {study.lengths[-1].length:,} tokens ({times} times the "
+            f"trained context) the loss in nats per token is: {', '.join(shown)} (first seed only)."
         )
     for name, study in found.items():
         lines += [f"{name}: {line[0].lower()}{line[1:]}" for line in study.findings()]

@@ -5,10 +5,10 @@ Plain shapes and text of the page's own font: a chart is some kilobytes, and its
 
 import math
 from collections.abc import Sequence
-from html import escape
 from typing import NamedTuple
 
 from train.report.chart import Axis, Chart, Estimates, Line
+from train.report.text import safe
 
 WIDTH, HEIGHT = 400, 270
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 26, 42
@@ -82,8 +82,8 @@ def draw_estimates(found: Estimates, names: Sequence[str], key: str) -> str:
         shown = name if len(name) <= 22 else f"{name[:21]}…"
         said = f"{name}: {mean:.3f}" + (f" ± {margin:.3f}" if margin else "")
         parts.append(
-            f'<text class="name" x="{left - 10}" y="{at + 4:.1f}">{escape(shown)}</text>'
-            f'<g class="{style}"><title>{escape(said)}</title>'
+            f'<text class="name" x="{left - 10}" y="{at + 4:.1f}">{safe(shown)}</text>'
+            f'<g class="{style}"><title>{safe(said)}</title>'
             f'<path class="bar" d="M{low:.1f} {at:.1f}H{high:.1f}"/>'
             f'<circle r="4.5" cx="{middle:.1f}" cy="{at:.1f}"/></g>'
         )
@@ -94,7 +94,7 @@ def draw_estimates(found: Estimates, names: Sequence[str], key: str) -> str:
 def _svg(parts: Sequence[str], title: str, description: str, key: str, height: float) -> str:
     return (
         f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-labelledby="{key}-t {key}-d">'
-        f'<title id="{key}-t">{escape(title)}</title><desc id="{key}-d">{escape(description)}'
+        f'<title id="{key}-t">{safe(title)}</title><desc id="{key}-d">{safe(description)}'
         f"</desc>{''.join(parts)}</svg>"
     )
 
@@ -131,21 +131,21 @@ def _x_axis(axis: Axis, scale: Scale, top: float, base: float) -> list[str]:
         at = scale(tick)
         parts.append(
             f'<path class="grid" d="M{at:.1f} {top:g}V{base:g}"/>'
-            f'<text class="tick" x="{at:.1f}" y="{base + 16:g}">{escape(axis.text(tick))}</text>'
+            f'<text class="tick" x="{at:.1f}" y="{base + 16:g}">{safe(axis.text(tick))}</text>'
         )
     middle = (scale.start + scale.end) / 2
-    parts.append(f'<text class="x" x="{middle:g}" y="{base + 36:g}">{escape(axis.label)}</text>')
+    parts.append(f'<text class="x" x="{middle:g}" y="{base + 36:g}">{safe(axis.label)}</text>')
     return parts
 
 
 def _y_axis(axis: Axis, scale: Scale) -> list[str]:
     ticks = _log_ticks(scale) if axis.log else _round_ticks(scale, 5)
-    parts = [f'<text class="y" x="2" y="12">{escape(axis.label)}</text>']
+    parts = [f'<text class="y" x="2" y="12">{safe(axis.label)}</text>']
     for tick in ticks:
         at = scale(tick)
         parts.append(
             f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>'
-            f'<text class="side" x="{LEFT - 7}" y="{at + 4:.1f}">{escape(axis.text(tick))}</text>'
+            f'<text class="side" x="{LEFT - 7}" y="{at + 4:.1f}">{safe(axis.text(tick))}</text>'
         )
     return parts
 
@@ -153,7 +153,7 @@ def _y_axis(axis: Axis, scale: Scale) -> list[str]:
 def _line(line: Line, name: str, x: Scale, y: Scale, chart: Chart) -> list[str]:
     style = series_class(line.mixer)
     style += " faint" if line.faint else " many" if line.one_of_many else ""
-    parts = [f'<g class="{style}"><title>{escape(name)}</title>']
+    parts = [f'<g class="{style}"><title>{safe(name)}</title>']
     if len(line.band) > 1:
         edge = [(a, high) for a, _, high in line.band]
         edge += [(a, low) for a, low, _ in reversed(line.band)]
@@ -164,13 +164,13 @@ def _line(line: Line, name: str, x: Scale, y: Scale, chart: Chart) -> list[str]:
     for a, b in few:
         said = f"{name}: {chart.y.text(b)} at {chart.x.text(a)}"
         parts.append(
-            f'<circle r="3" cx="{x(a):.1f}" cy="{y(b):.1f}"><title>{escape(said)}</title></circle>'
+            f'<circle r="3" cx="{x(a):.1f}" cy="{y(b):.1f}"><title>{safe(said)}</title></circle>'
         )
     if line.end:
         a, b = x(line.points[-1][0]), min(max(y(line.points[-1][1]), TOP + 4), HEIGHT - BOTTOM - 4)
         parts.append(
             f'<path class="end" d="M{a - 5:.1f} {b - 5:.1f}l10 10m0 -10l-10 10">'
-            f"<title>{escape(f'{name} {line.end}')}</title></path>"
+            f"<title>{safe(f'{name} {line.end}')}</title></path>"
         )
     return [*parts, "</g>"]
 
