@@ -85,6 +85,25 @@ def test_page_fits_phones_and_both_schemes(source):
     assert "@media (prefers-color-scheme: dark)" in source
 
 
+def luminance(color):
+    """Of `#rrggbb`, from 0 to 1, as WCAG 2 defines it."""
+    parts = [int(color[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_and_lines_stand_out_from_the_paper(source, dark):
+    """Contrast of 4.5 for text and 3 for lines: level AA."""
+    colors = dict(re.findall(r"--(\w+): (#\w{6});", source.split("prefers-color-scheme")[dark]))
+    for paper in ("paper", "raised"):
+        below = luminance(colors[paper])
+        for name in ("ink", "quiet", "accent", *(f"c{n}" for n in range(7))):
+            high, low = sorted((luminance(colors[name]), below), reverse=True)
+            ratio = (high + 0.05) / (low + 0.05)
+            assert ratio >= (3 if name.startswith("c") else 4.5), (name, paper, ratio)
+
+
 def test_page_is_small(source):
     assert len(source.encode()) < 150_000
     assert len(page(many_models()).encode()) < 500_000
