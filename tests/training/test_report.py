@@ -243,7 +243,25 @@ def test_a_comparison_of_which_every_run_diverged_is_reported(tmp_path):
     write_report(results(*(diverged(one) for one in (rwkv7(1.4), attention(1.5)))), tmp_path)
     report = (tmp_path / "report.md").read_text()
     assert [row[3] for row in rows_of(report, "Results")[2:]] == ["diverged", "diverged"]
+    assert "## Samples" not in report
     assert "report.html" in {path.name for path in tmp_path.iterdir()}
+
+
+def test_steps_are_shown_where_each_mixer_has_its_own():
+    measured = results(rwkv7(1.4), attention(1.5))
+    for one, steps in zip(measured["models"], (1500, 1200), strict=True):
+        one["steps"] = steps
+    header, _, *rows = rows_of(report_text(measured), "Results")
+    assert [row[header.index("steps")] for row in rows] == ["1,500", "1,200"]
+
+
+def test_a_run_that_broke_off_at_once_is_reported(tmp_path):
+    measured = results(diverged(rwkv7(1.4), step=1), attention(1.5))
+    run = measured["models"][0]["runs"][0]
+    run |= {"curve": [], "tokens": 0, "seconds": 0.0, "tokens_per_second": None}
+    write_report(measured, tmp_path)
+    rows = rows_of((tmp_path / "report.md").read_text(), "Runs")
+    assert rows[2][3:] == ["diverged at step 1", MISSING, "0", "0 s", MISSING]
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 
 from train.report import chart, prose, svg, tables
 from train.report.findings import Section, summary
-from train.report.outcomes import finite
+from train.report.outcomes import finite, samples
 from train.report.text import safe
 
 
@@ -145,8 +145,7 @@ def _samples(models: Sequence[dict[str, Any]]) -> str:
     quotes = [
         f"<h3>{safe(model['mixer'])}</h3><blockquote dir=auto>"
         f"<b>{safe(model['sample']['prompt'])}</b>{safe(model['sample']['text'])}</blockquote>"
-        for model in models
-        if model.get("sample")
+        for model in samples(models)
     ]
     if not quotes:
         return ""

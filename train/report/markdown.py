@@ -6,6 +6,7 @@ from typing import Any
 
 from train.report import prose, tables
 from train.report.findings import summary
+from train.report.outcomes import samples
 from train.report.text import printable
 
 PLOTS = {
@@ -42,9 +43,9 @@ def report_text(results: dict[str, Any], plots: Sequence[str] = ()) -> str:
         parts.append(escape_markdown(prose.table_note(table.title, results)))
         parts += [_image(name) for name in plots if ABOVE.get(name) == table.title]
         parts += [_image("tasks.png")] if "tasks.png" in plots and table is last_task else []
-    samples = [model for model in results["models"] if model.get("sample")]
-    parts += ["## Samples"] if samples else []
-    parts += [_sample(model) for model in samples]
+    written = samples(results["models"])
+    parts += ["## Samples"] if written else []
+    parts += [_sample(model) for model in written]
     parts += ["## How to repeat it", _recipe(results), "## Limits"]
     parts.append(escape_markdown(prose.limits(results)))
     return "\n\n".join(part for part in parts if part) + "\n"

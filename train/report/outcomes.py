@@ -59,6 +59,11 @@ def finished(model: Mapping[str, Any], key: str) -> dict[int, float]:
     return {run["seed"]: float(run[key]) for run in model["runs"] if divergence(run) is None}
 
 
+def samples(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The models that wrote something, one of whose runs at least has finished."""
+    return [m for m in models if m.get("sample") and finished(m, "validation_loss")]
+
+
 def scores(models: Sequence[dict[str, Any]]) -> dict[str, Scores]:
     """Bits per byte of the mixers of which no run diverged: luck with the others is no merit."""
     found = {model["mixer"]: finished(model, "validation_bits_per_byte") for model in models}

@@ -50,6 +50,8 @@ def tuning(models: Sequence[dict[str, Any]]) -> list[str]:
     rates = {m["mixer"]: m.get("learning_rate") for m in models if m["mixer"] in grids}
     picked = ", ".join(f"{name} {rate:g}" for name, rate in rates.items() if rate is not None)
     tried = max(len(grid) for grid in grids.values())
+    if tried == 1:
+        return []
     lines = [f"Of {tried} learning rates tried with each mixer the best was taken: {picked}."]
     edge = [
         name

@@ -67,6 +67,8 @@ def columns(results: dict[str, Any]) -> list[Column]:
     found.append(
         Column("training tokens/s", "train\ntok/s", [Cell(f"{x:,.0f}", x) for x in speeds])
     )
+    if len({m.get("steps") for m in models}) > 1:  # a budget of FLOPs buys each its own number
+        found.append(Column("steps", "", [_cell(m.get("steps"), "{:,.0f}".format) for m in models]))
     optional: list[tuple[str, str, Callable[[float], str]]] = [
         ("FLOPs/token", "flops_per_token", readable_flops),
         ("learning rate", "learning_rate", "{:g}".format),
