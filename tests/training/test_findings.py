@@ -84,8 +84,9 @@ def test_verdict_tells_three_rivals_apart():
     far["mixer"] = "retnet"
     models = rwkv7(1.3, 1.31, 1.3), attention(1.4, 1.41, 1.4), gla(1.35, 1.45, 1.4), far
     assert summary_lines(results(*models))[0] == (
-        "Softmax (attention) is not needed to predict this text: rwkv7 (by 0.100 bits per byte) "
-        "beats it; no difference found to gla; it is ahead of retnet (by 0.500 bits per byte)."
+        "Softmax (attention) is not needed to predict this text: rwkv7 (by 0.100) "
+        "beats it; no difference found to gla; softmax is ahead of retnet (by 0.500) (gaps in "
+        "bits per byte)."
     )
 
 
@@ -93,6 +94,9 @@ def test_verdict_of_one_seed_says_that_noise_is_unknown():
     first = summary_lines(results(rwkv7(1.455), attention(1.412)))[0]
     assert first.startswith("Softmax (attention) wins")
     assert "the noise from seed to seed is unknown, so this may be chance" in first
+    first = summary_lines(results(rwkv7(1.413), attention(1.412)))[0]
+    assert first.startswith("No difference found between softmax (attention) and rwkv7")
+    assert first.endswith("is unknown, so a difference may be hidden.")
 
 
 def test_a_run_that_broke_off_is_a_result_and_leaves_its_mixer_out():

@@ -7,7 +7,7 @@ import pytest
 from browser import CHROMIUM, Browser
 from comparison_results import attention, diverged, everything, gla, model, results, rwkv7
 
-from train.report import write_report
+from train.report import summary_lines, write_report
 from train.report.html import page
 
 VOID = {"meta", "link", "br", "img"}
@@ -137,6 +137,15 @@ def test_summary_comes_first_then_tables_plots_and_the_recipe(parsed):
     assert "Softmax (attention) is not needed to predict" in parsed.text("p")[0]
     assert "ebb compare --mixers rwkv7 attention gla rwkv4 --out first" in parsed.text("code")
     assert "someone" not in "".join(data for _, data in parsed.texts)
+
+
+def test_many_findings_are_all_there_and_the_later_ones_folded():
+    measured = many_models()
+    measured["models"][0]["mixer"] = "attention"
+    parsed = Page(page(measured))
+    found = "".join(data for _, data in parsed.texts)
+    assert all(line in found for line in summary_lines(measured))
+    assert "3 more" in parsed.text("summary"), "nine speeds, six of them at once"
 
 
 def test_every_heading_of_a_measured_table_is_a_button(source, parsed):

@@ -85,14 +85,16 @@ def _verdict(results: dict[str, Any]) -> list[str]:
         text = f"{softmax} is not needed to predict this text: "
         text += f"{_by_how_much(ahead, found)} {verb} it"
         text += f"; no difference found to {listed(tied)}" if tied else ""
-        text += f"; it is ahead of {_by_how_much(behind, found)}" if behind else ""
+        text += f"; softmax is ahead of {_by_how_much(behind, found)}" if behind else ""
+    text += " (gaps in bits per byte)" if ahead or behind else ""
     if any(g.margin is None for g in found.values()):
-        text += ". One seed each: the noise from seed to seed is unknown, so this may be chance"
+        text += ". One seed each: the noise from seed to seed is unknown, so "
+        text += "this may be chance" if ahead or behind else "a difference may be hidden"
     return [f"{text[0].upper()}{text[1:]}."]
 
 
 def _by_how_much(mixers: list[str], found: dict[str, Any]) -> str:
-    return listed([f"{mixer} (by {abs(found[mixer].mean):.3f} bits per byte)" for mixer in mixers])
+    return listed([f"{mixer} (by {abs(found[mixer].mean):.3f})" for mixer in mixers])
 
 
 def _setup(results: dict[str, Any]) -> str:

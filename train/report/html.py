@@ -17,6 +17,9 @@ from train.report.findings import Section, summary
 from train.report.outcomes import finite, samples
 from train.report.text import safe
 
+FEW = 6
+"""Findings that are shown at once."""
+
 
 def page(results: dict[str, Any]) -> str:
     """The whole page."""
@@ -106,7 +109,14 @@ def _summary(sections: Sequence[Section]) -> str:
 
 
 def _bullets(lines: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{safe(line)}</li>' for line in lines)}</ul>" if lines else ""
+    """With many mixers there are many findings: the later ones wait behind a click."""
+    shown = FEW if len(lines) > FEW + 2 else len(lines)
+    first, more = (
+        "".join(f"<li>{safe(line)}</li>" for line in part)
+        for part in (lines[:shown], lines[shown:])
+    )
+    rest = f"<details><summary>{len(lines) - shown} more</summary><ul>{more}</ul></details>"
+    return f"<ul>{first}</ul>{rest if more else ''}" if lines else ""
 
 
 def _note(text: str) -> str:
