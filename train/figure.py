@@ -27,9 +27,15 @@ INK, QUIET, GRID = "#222222", "#5F5F5F", "#E4E4E4"
 
 def panels(names: Sequence[str]) -> tuple[Figure, tuple[Axes, Axes]]:
     """Two panels under one legend: a fixed colour for each name, by its place."""
-    figure = _empty(10.5)
-    left, right = figure.subplots(1, 2)
-    for axes in (left, right):
+    figure, (left, right) = panel_rows(names, 1)
+    return figure, (left, right)
+
+
+def panel_rows(names: Sequence[str], rows: int) -> tuple[Figure, list[Axes]]:
+    """The same with more rows of two, from left to right and down."""
+    figure = _empty(10.5, rows)
+    every: list[Axes] = list(figure.subplots(rows, 2).flat)
+    for axes in every:
         _style(axes)
     handles = [
         Line2D([], [], linewidth=2.5, **style) for _, style in zip(names, styles(), strict=False)
@@ -44,7 +50,7 @@ def panels(names: Sequence[str]) -> tuple[Figure, tuple[Axes, Axes]]:
         labelcolor=INK,
         handlelength=2.2,
     )
-    return figure, (left, right)
+    return figure, every
 
 
 def panel() -> tuple[Figure, Axes]:
@@ -96,8 +102,8 @@ def context_axis(axes: Axes, contexts: Sequence[int]) -> None:
     axes.xaxis.set_major_formatter(ticks(short_context))
 
 
-def _empty(width: float) -> Figure:
-    figure = Figure(figsize=(width, 4.6), dpi=DPI, layout="constrained", facecolor="white")
+def _empty(width: float, rows: int = 1) -> Figure:
+    figure = Figure(figsize=(width, 4.6 * rows), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 

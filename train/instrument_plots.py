@@ -1,5 +1,6 @@
 """Plots of what the instruments read: heat maps of the implied attention, entropies, half-lives."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
 from data.tokenizers import Tokenizer
@@ -19,7 +20,7 @@ from model.language_model import LanguageModel
 from model.layers.attention import AttentionOptions
 from train import checkpoint as files
 from train.evaluate import evaluating
-from train.figure import DPI, INK, QUIET, panels, save, say_empty, set_title, styles, ticks
+from train.figure import DPI, QUIET, panel_rows, save, say_empty, set_title, styles, ticks
 from train.implied import implied_attention, observe, row_shares, softmax_instead
 from train.metrics import read_metrics
 from train.readable import readable_count
@@ -136,16 +137,66 @@ def save_attention_plot(maps: Sequence[HeatMaps], path: Path) -> None:
     save(figure, f"{note} over heads.\nFrom white (0) to dark (1), by the root.", path)
 
 
+class Panel(NamedTuple):
+    """Where one kind of reading is drawn."""
+
+    title: str
+    unit: str
+    is_log: bool = False
+
+
+OF_TRAINING = {
+    "attention_entropy": Panel("Entropy of the implied attention", "Nats a token"),
+    "attention_norm": Panel("Norm of the implied attention", "Frobenius norm", True),
+    "attention_span": Panel("Span of the implied attention", "Tokens back"),
+    "smallest_divisor": Panel("Smallest divisor of a row of weights", "Sum of weights", True),
+    "gradient_norm": Panel("Gradient", "Norm", True),
+}
+"""Drawn over training."""
+OF_NOW = {
+    "half_life": Panel("Half-lives of the decays, by head", "Tokens", True),
+    "state_norm": Panel("State along the text", "Frobenius norm"),
+    "state_rank": Panel("State along the text", "Effective rank"),
+}
+"""Drawn as it is at the end."""
+
+
 def save_layers_plot(history: Sequence[dict[str, Any]], now: dict[str, Any], path: Path) -> None:
-    """The entropy of each layer's attention over training, and the half-lives of its heads now."""
-    known = [*history, now]
-    layers = sorted({layer for line in known for key in line if (layer := _layer(key)) is not None})
-    figure, (left, right) = panels([f"layer {layer}" for layer in layers])
-    set_title(left, "Entropy of the implied attention")
-    set_title(right, "Half-lives of the decays, by head")
-    _draw_entropies(left, history, now, layers)
-    _draw_half_lives(right, now, layers)
-    save(figure, "Means over tokens and heads; half-lives: medians over tokens and channels.", path)
+    """A panel for each kind of reading that there is, a colour for each layer.
+
+    Args:
+        history: lines of `metrics.jsonl` with readings.
+        now: the readings at the end.
+        path: the file.
+    """
+    keys = {key for line in (*history, now) for key in line}
+    layers = sorted({layer for key in keys if (layer := _layer(key)) is not None})
+    kinds = {key.partition(".")[0] for key in keys if _layer(key) is not None}
+    shown = {name: panel for name, panel in (OF_TRAINING | OF_NOW).items() if name in kinds}
+    names = [f"layer {layer}" for layer in layers]
+    figure, every = panel_rows(names, max(1, math.ceil(len(shown) / 2)))
+    for axes in every[len(shown) :]:
+        axes.set_visible(False)
+    if not shown:
+        every[0].set_visible(True)
+        say_empty(every[0], "nothing was read")
+    for axes, (name, panel) in zip(every, shown.items(), strict=False):
+        set_title(axes, panel.title)
+        axes.set_ylabel(panel.unit)
+        if name in OF_TRAINING:
+            values = _draw_training(axes, history, now, name, layers)
+        elif name == "half_life":
+            values = _draw_half_lives(axes, now, layers)
+        else:
+            values = _draw_along_text(axes, now, name, layers)
+        if name == "attention_norm":
+            root = (history[-1] if len(history) > 1 else now)["attention_norm.sqrt_tokens"]
+            axes.axhline(root, color=QUIET, linestyle="--", linewidth=1.2, zorder=1)
+            values.append(root)
+        if panel.is_log:
+            _log_axis(axes, values)
+    note = "Means over tokens and heads; half-lives: medians over tokens and channels."
+    save(figure, f"{note}\nDashed grey: the root of the tokens, softmax cannot exceed it.", path)
 
 
 def _draw_heat_map(axes: Axes, matrix: Tensor, words: Sequence[str], *, with_words: bool) -> None:
@@ -158,30 +209,35 @@ def _draw_heat_map(axes: Axes, matrix: Tensor, words: Sequence[str], *, with_wor
         side.set_visible(False)
 
 
-def _draw_entropies(
-    axes: Axes, history: Sequence[dict[str, Any]], now: dict[str, Any], layers: Sequence[int]
-) -> None:
-    name = "attention_entropy.layer"
-    axes.set_ylabel("Nats a token")
-    drawn = False
+def _draw_training(
+    axes: Axes,
+    history: Sequence[dict[str, Any]],
+    now: dict[str, Any],
+    name: str,
+    layers: Sequence[int],
+) -> list[float]:
+    """A line for each layer, or a point where there is but one reading; returns the values."""
+    found: list[float] = []
     for layer, style in zip(layers, styles(), strict=False):
-        points = [line for line in history if f"{name}{layer}" in line]
+        key = f"{name}.layer{layer}"
+        points = [line for line in history if key in line]
         if len(points) > 1:
-            y = [line[f"{name}{layer}"] for line in points]
+            y = [float(line[key]) for line in points]
             axes.plot([line["tokens"] for line in points], y, **style, linewidth=2)
             axes.set_xlabel("Training tokens")
-            axes.xaxis.set_major_formatter(ticks(lambda count: readable_count(count)))
-            drawn = True
-        elif f"{name}{layer}" in now:
-            axes.plot(layer, now[f"{name}{layer}"], marker="o", color=style["color"])
+            axes.xaxis.set_major_formatter(ticks(readable_count))
+            axes.xaxis.set_major_locator(MaxNLocator(6))
+            found += y
+        elif key in now:
+            axes.plot(layer, now[key], marker="o", color=style["color"])
             axes.set_xlabel("Layer")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            drawn = True
-    if not drawn:
-        say_empty(axes, "the instrument attention was not switched on")
+            found.append(float(now[key]))
+    return found
 
 
-def _draw_half_lives(axes: Axes, now: dict[str, Any], layers: Sequence[int]) -> None:
+def _draw_half_lives(axes: Axes, now: dict[str, Any], layers: Sequence[int]) -> list[float]:
+    """A point for each head, or for the layer where there are none; returns the values."""
     found: list[float] = []
     for layer, style in zip(layers, styles(), strict=False):
         whole = f"half_life.layer{layer}"
@@ -191,17 +247,38 @@ def _draw_half_lives(axes: Axes, now: dict[str, Any], layers: Sequence[int]) -> 
             [layer] * len(values), values, marker="o", linestyle="", alpha=0.7, color=style["color"]
         )
         found += values
-    if not found:
-        say_empty(axes, "no decays, or the instrument was not switched on")
-        return
-    axes.set_yscale("log")
-    axes.set_ylim(min(found) / 2, max(found) * 2)
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(ticks("{:,g}".format))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("Layer")
-    axes.set_ylabel("Tokens")
-    axes.yaxis.label.set_color(INK)
+    return found
+
+
+def _draw_along_text(
+    axes: Axes, now: dict[str, Any], name: str, layers: Sequence[int]
+) -> list[float]:
+    """A line for each layer, by the number of tokens read; returns the values."""
+    found: list[float] = []
+    for layer, style in zip(layers, styles(), strict=False):
+        before = f"{name}.layer{layer}.token"
+        counts = [int(key.removeprefix(before)) for key in now if key.startswith(before)]
+        values = [now[f"{before}{count}"] for count in counts]
+        axes.plot(counts, values, **style, linewidth=2, marker="o")
+        found += values
+    axes.set_xlabel("Tokens read")
+    return found
+
+
+def _log_axis(axes: Axes, values: Sequence[float]) -> None:
+    """Ticks in plain numbers; nothing where there is no value above zero."""
+    positive = [value for value in values if value > 0]
+    if not positive:
+        return
+    low, high = min(positive) / 1.5, max(positive) * 1.5
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    subs = (1.0,) if high / low > 500 else (1.0, 3.0) if high / low > 30 else (1.0, 2.0, 5.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(ticks("{:,g}".format))
 
 
 def _is_read(line: dict[str, Any]) -> bool:

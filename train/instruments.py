@@ -63,12 +63,11 @@ def _states(observed: Observed) -> list[Reading]:
     readings = []
     time = observed.arguments["v"].shape[1]
     for end, state in state_matrix(observed, STATE_PARTS):
-        detail = "" if end == time else f"token{end}"
-        norm = torch.linalg.matrix_norm(state).mean().item()
-        readings.append(Reading("state_norm", norm, detail))
+        found = [("state_norm", torch.linalg.matrix_norm(state).mean().item())]
         if state.shape[-2] > 1:  # a mean for each channel is no matrix
-            rank = effective_rank(state).nanmean().item()
-            readings.append(Reading("state_rank", rank, detail))
+            found.append(("state_rank", effective_rank(state).nanmean().item()))
+        for detail in (f"token{end}", "") if end == time else (f"token{end}",):
+            readings += [Reading(name, value, detail) for name, value in found]
     return readings
 
 

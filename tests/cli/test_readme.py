@@ -96,4 +96,7 @@ def test_its_mixer_is_proven_trained_and_compared(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", README))
 def test_every_link_leads_somewhere(link):
-    assert (ROOT / link).exists()
+    path, _, heading = link.partition("#")
+    assert (ROOT / path).exists()
+    headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.M) if heading else [""]
+    assert heading in [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings]

@@ -9,10 +9,12 @@ from model_helpers import small_config as config_of
 from runs import TINY, ebb, metrics, only_line, repeatable
 
 from data.loader import Batch
+from data.tokenizers import byte_tokenizer
 from model.language_model import LanguageModel
 from model.layers.attention import AttentionOptions
 from model.ops import OPS
 from model.ops.scores import SCORES
+from model.presets import preset
 from model.state import tensors
 from train import run_instruments
 from train.implied import (
@@ -25,7 +27,12 @@ from train.implied import (
     softmax_instead,
     spans,
 )
-from train.instrument_plots import sentence_of
+from train.instrument_plots import (
+    heat_maps,
+    save_attention_plot,
+    save_layers_plot,
+    sentence_of,
+)
 from train.instruments import INSTRUMENTS, by_layer, parse_instruments, read_instruments
 
 TIME = 13
@@ -180,7 +187,8 @@ def test_state_is_that_of_the_model(mixer):
     if mixer == "attention":
         assert found == {}
         return
-    for count, detail in ((TIME, ""), (TIME // 2, f".token{TIME // 2}")):
+    whole = f".token{TIME}"
+    for count, detail in ((TIME, ""), (TIME, whole), (TIME // 2, f".token{TIME // 2}")):
         _, state = model.features(batch.inputs[:, :count])
         for layer, (_, matrix) in enumerate(_matrices(state)):
             if mixer == "linear_transformer":
@@ -332,6 +340,33 @@ def test_a_resumed_run_may_switch_them_on(plain_and_read, workshop, capsys):
     assert ebb("train", "--resume", "--out", plain, "--instruments", "gradients") == 0
     assert ebb("train", "--out", workshop / "none", "--instruments", "heads") == 2
     assert "there is no instrument 'heads'" in only_line(capsys.readouterr().err)
+
+
+def test_a_plot_of_nothing_and_of_little(tmp_path):
+    """A run may have been read once, or with some of the instruments, or never."""
+    sizes = []
+    for found in (
+        {},
+        {"half_life.layer0": 3.0},
+        {"smallest_divisor.layer0": 0.0, "gradient_norm.layer1": 2.0, "state_norm.layer0": 1.0},
+    ):
+        save_layers_plot([], found, tmp_path / "plot.png")
+        sizes.append(len((tmp_path / "plot.png").read_bytes()))
+    assert sizes == sorted(sizes)
+    save_attention_plot([], tmp_path / "none.png")
+    assert (tmp_path / "none.png").exists()
+
+
+def test_heat_maps_show_the_shares_of_the_mean_head():
+    """Up to four layers from the first to the last; a row sums to 1; later tokens are 0."""
+    model = LanguageModel(preset("nano", "rwkv4", 257))
+    (maps,) = heat_maps(model, byte_tokenizer(), "a $tate\n\u4f60")
+    assert maps.words[:9] == [*"a $tate", "↵", "·"]
+    assert [*maps.layers] == [0, 1, 2, 3]
+    for matrix in maps.layers.values():
+        assert_close(matrix.sum(-1), torch.ones(len(maps.words), dtype=torch.float64), 1e-9)
+        assert not matrix.triu(1).any()
+    assert heat_maps(model, byte_tokenizer(), "a", softmax=True) == []
 
 
 def test_sentence():
