@@ -17,6 +17,7 @@ from model.ops.scores import SCORES
 from model.presets import preset
 from model.state import tensors
 from train import run_instruments
+from train.heat_maps import heat_maps, save_attention_plot, sentence_of
 from train.implied import (
     effective_rank,
     entropies,
@@ -27,12 +28,7 @@ from train.implied import (
     softmax_instead,
     spans,
 )
-from train.instrument_plots import (
-    heat_maps,
-    save_attention_plot,
-    save_layers_plot,
-    sentence_of,
-)
+from train.instrument_plots import save_layers_plot
 from train.instruments import INSTRUMENTS, by_layer, parse_instruments, read_instruments
 
 TIME = 13
@@ -353,6 +349,10 @@ def test_a_plot_of_nothing_and_of_little(tmp_path):
         save_layers_plot([], found, tmp_path / "plot.png")
         sizes.append(len((tmp_path / "plot.png").read_bytes()))
     assert sizes == sorted(sizes)
+    early = {"tokens": 9, "attention_norm.layer0": 2.0, "attention_norm.sqrt_tokens": 4.0}
+    late = {"tokens": 18, "half_life.layer0": 3.0}
+    for history in ([early, late], [early, early | {"tokens": 12}, late]):
+        save_layers_plot(history, late, tmp_path / "plot.png")  # resumed with others switched on
     save_attention_plot([], tmp_path / "none.png")
     assert (tmp_path / "none.png").exists()
 
