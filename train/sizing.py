@@ -36,7 +36,7 @@ class Machine:
 
 
 MACHINES = (
-    Machine("2 cores", 1, 315e9, 0.42),  # measured: `ebb bench train`
+    Machine("2 cores", 1, 423e9, 0.47),  # measured: `ebb bench train`
     Machine("1 GPU", 1, 989e12, 0.15),  # NVIDIA's data sheet of the H100 SXM, dense bfloat16
     Machine("8 GPUs", 8, 989e12, 0.15),
     Machine("64 GPUs", 64, 989e12, 0.12),
