@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
@@ -34,6 +35,7 @@ class Block(nn.Module):
         self.time_norm = mixer.body.norm(config.d_model)
         self.time_mix = mixer.time_mix(config, layer)
         self.channel_mix: Layer | None = None
+        self.dropout = 0.0
         if mixer.channel_mix is not None:
             self.channel_norm = mixer.body.norm(config.d_model)
             self.channel_mix = mixer.channel_mix(config, layer)
@@ -49,11 +51,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor, state: BlockState, context: Context) -> tuple[Tensor, BlockState]:
         """`[B, T, D]` -> `[B, T, D]`."""
         y, time = self.time_mix(self.time_norm(x), state.time, context)
+        y = self._dropped(y)
         if self.channel_mix is None:
             return x + y, BlockState(time, state.channel)
         normed, x = self.channel_norm.of_sum(x, y)
         y, channel = self.channel_mix(normed, state.channel, context)
-        return x + y, BlockState(time, channel)
+        return x + self._dropped(y), BlockState(time, channel)
+
+    def _dropped(self, y: Tensor) -> Tensor:
+        return F.dropout(y, self.dropout) if self.training and self.dropout else y
 
 
 class LanguageModel(nn.Module):
@@ -93,7 +99,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, ModelState]:
         """As `forward`, up to the head: `[B, T, D]` instead of the logits, `head(features)`.
 
-        `observe` is called with the name and the keyword arguments of each layer's op, in order.
+        `observe` is called with the name and all arguments of each layer's op, in order.
         """
         self._check(tokens, form)
         state = self.initial_state(tokens.shape[0]) if state is None else state
@@ -129,6 +135,15 @@ class LanguageModel(nn.Module):
         """
         x, new_state = self.features(tokens, state, form, reset)
         return ModelOutput(self.head(x), new_state)
+
+    def set_dropout(self, share: float) -> None:
+        """In training mode, leaves out that share of what each layer adds, at random.
+
+        The draws are of torch's global generator. Nothing else knows of it: it is no part of the
+        shape, and a new model has none.
+        """
+        for block in self._blocks():
+            block.dropout = share
 
     def num_parameters(self) -> int:
         """All of them, embedding and head included."""

@@ -182,8 +182,9 @@ def _peak_memory(model: LanguageModel, state: ModelState) -> int:
     with TensorMemory() as memory:
         for token in torch.zeros(2, 1, dtype=torch.long):
             read(token)
-    packed: int = 0 if engine is None else engine.num_bytes
-    return held + packed + memory.peak
+    packed = 0 if engine is None else engine.num_bytes
+    total: int = held + packed + memory.peak
+    return total
 
 
 def burst(begin: Begin, vocabulary: int) -> Callable[[], list[float]]:

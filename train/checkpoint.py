@@ -161,6 +161,8 @@ def read_weights(folder: Path, shape: ModelConfig, *, best: bool = False) -> dic
 def read_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tokenizer:
     """The tokenizer in a folder; an imported model may have more tokens, as padding.
 
+    So may one that was trained on from it.
+
     Raises:
         ValueError: if it is missing, damaged, or another model's.
     """
@@ -168,7 +170,10 @@ def read_tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> Tok
     if imported and not (folder / TOKENIZER).is_file():
         raise ValueError(f"{folder} has no tokenizer: {HOW_TO_ADD_A_TOKENIZER}.")
     tokenizer = load_tokenizer(str(folder / TOKENIZER))
-    if tokenizer.vocab_size > vocab_size or (tokenizer.vocab_size < vocab_size and not imported):
+    may_be_padded = imported or config["train"].get("init_from") is not None
+    if tokenizer.vocab_size > vocab_size or (
+        tokenizer.vocab_size < vocab_size and not may_be_padded
+    ):
         raise ValueError(
             f"The tokenizer in {folder} has {tokenizer.vocab_size} tokens, but the model "
             f"{vocab_size}: put back the {TOKENIZER} that it was trained with."

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from train.config import CompareConfig, TrainConfig
-from train.interrupt import Interrupted
+from train.interrupt import AlreadyTold, Interrupted
 
 
 class Command(NamedTuple):
@@ -84,10 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = args
     if name not in COMMANDS:
         return _fail(f"there is no command {name!r}; choose one of {', '.join(COMMANDS)}", 2)
+    if name != "train" and (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+        if os.environ.get("RANK", "0") != "0":
+            return 2
+        return _fail(f"only `ebb train` runs in {world} processes: start `ebb {name}` alone", 2)
     try:
         return _run(name, rest)
     except Interrupted as stop:
         return _fail(str(stop), 130)
+    except AlreadyTold as told:
+        return told.status
     except KeyboardInterrupt:
         return _fail("Interrupted.", 130)
     except BrokenPipeError:  # the reader, such as `head`, has had enough
@@ -122,11 +128,19 @@ def _run(name: str, args: Sequence[str]) -> int:
 def _parse(name: str, kind: type[Any], args: Sequence[str]) -> Any:
     """The settings in `args`; with `--resume` they start from what the folder was made with.
 
+    Those of `ebb train` start from a recipe or a checkpoint where the flags name one.
+
     Raises:
         ValueError: for a value that is refused.
     """
     prog = f"ebb {name}"
-    config = _from_flags(kind, args=args, prog=prog)
+    options: dict[str, Any] = {}
+    if kind is TrainConfig:
+        from train.starting import settings_of_flags  # loads torch, which the overview does without
+
+        start = settings_of_flags(args)
+        options = {} if start is None else {"default": start}
+    config = _from_flags(kind, args=args, prog=prog, **options)
     if isinstance(config, TrainConfig | CompareConfig) and config.resume:
         saved = config.saved()
         if saved is not None:

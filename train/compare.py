@@ -49,7 +49,8 @@ def print_results(results: dict[str, Any], folder: Path) -> None:
     console.print(summary_table(results))
     for line in summary_lines(results):
         console.print(line, markup=False)
-    paths = [f"Report: {folder / 'report.md'}", f"Numbers: {folder / RESULTS}"]
+    paths = [f"Report: {folder / 'report.html'}", f"Text:   {folder / 'report.md'}"]
+    paths.append(f"Numbers: {folder / RESULTS}")
     paths += [f"Plot:   {plot}" for plot in sorted(folder.glob("*.png"))]
     sys.stdout.write("\n" + "".join(f"{path}\n" for path in paths))  # rich would break a long one
 

@@ -3,14 +3,17 @@
 import dataclasses
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.config import SIZES
+from model.config import parse_size
 from train.budget import Budget
+from train.schedule import SCHEDULES
 
 CHECKPOINTS = Path("checkpoints")
+OPTIMIZERS = ("adamw", "muon")
 COMPARISON = "comparison.json"
 """The settings of a comparison, and what they came to: steps, turns, learning rates."""
 
@@ -23,12 +26,20 @@ class TrainConfig:
     Ctrl-C saves and stops; `--resume` goes on exactly where it was.
     """
 
+    recipe: str | None = None
+    """Where the other settings start from: cpu-2min, cpu-10min or cpu-1h of training on a machine
+    with two cores, each with its own values for RWKV and for the other mixers. Flags that are given
+    stand above it."""
+    init_from: str | None = None
+    """Folder of a run or of an imported checkpoint whose weights, shape and tokenizer to start
+    from (fine-tuning); of the run, nothing else is taken over."""
     mixer: str = "rwkv7"
     """rwkv4, rwkv5, rwkv6, rwkv7, linear_transformer, retnet, gla, mamba2, deltanet, gated_deltanet
     or attention, which takes a score after a colon (attention:square_l1; `softmax` is short for
     attention:softmax). `ebb info` shows them all."""
     size: str = "micro"
-    """nano (4 layers x 128), micro (4 x 256), tiny (8 x 512) or small (12 x 768)."""
+    """nano (4 layers x 128), micro (4 x 256), tiny (8 x 512), small (12 x 768), or layers and width
+    such as 4x192."""
     data: str = "sotu"
     """sotu (State of the Union addresses, built in), a text file, a folder or glob of them, a
     .jsonl, .csv or .parquet file, a folder saved by the datasets library, or a name of the Hugging
@@ -45,24 +56,47 @@ class TrainConfig:
     steps: int = 2000
     """Optimiser steps in all; the schedule ends with them, so a finished run cannot be extended."""
     batch_size: int = 8
-    """Sequences a step."""
+    """Sequences a step, of all processes together."""
     context: int = 256
     """Tokens a sequence."""
+    accumulate: int = 1
+    """Parts that a process computes its share of a step in, one after the other: less memory."""
+    checkpoint_activations: bool = False
+    """Keep only the input of every block and compute the block again: less memory, a third more
+    arithmetic."""
+    shard: bool = False
+    """Divide weights, gradients and optimiser among the processes instead of copying them."""
+    context_parallel: int = 1
+    """Processes that share a sequence: each reads a stretch and passes its state on."""
+    track: str | None = None
+    """Where to send the metrics too: tensorboard, wandb, trackio or another that accelerate knows;
+    several with commas between."""
     carry_state: bool = False
     """Read the text in order, each sequence of the batch a part of it, and carry the state from
     every step to the next (truncated back-propagation) instead of starting windows afresh."""
     ffn_dim: int | None = None
     """Width inside the channel mix; the mixer's own multiple of its width if not given."""
+    optimizer: str = "adamw"
+    """adamw, or muon: Muon for the matrices inside the blocks, AdamW for the rest. Both take the
+    same rates."""
     learning_rate: float | None = None
-    """Peak rate; the mixer's recipe if not given."""
+    """Peak rate; the mixer's own if not given. --find-lr suggests one."""
+    schedule: str = "cosine"
+    """How the rate goes on after the warm-up: cosine, or wsd (it stays, and decays over the last
+    fifth)."""
+    final_fraction: float | None = None
+    """Of the peak rate, where the schedule ends; the mixer's own, 0.1, if not given."""
     weight_decay: float | None = None
-    """Of matrices; the mixer's recipe if not given."""
+    """Of matrices; the mixer's own if not given."""
+    dropout: float = 0.0
+    """Share of what each layer adds to the residual stream that is left out, at random; it helps
+    where a text is read many times over."""
     warmup: int | None = None
     """Steps of linear warm-up; a fiftieth of all, but at least 10, if not given."""
     clip: float = 1.0
     """Largest norm of the gradient; what is longer is scaled down to it."""
     precision: str = "auto"
-    """fp32, bf16, or auto: bf16 on a GPU that has it, fp32 elsewhere."""
+    """fp32, bf16, or auto: bf16 on a GPU that has it, fp32 elsewhere. fp64 is slow, for checks."""
     seed: int = 0
     """Of the weights, the order of the data and the samples."""
     threads: int | None = None
@@ -82,6 +116,9 @@ class TrainConfig:
     """Validation tokens, spread evenly over the text, read at each validation."""
     sample_every: int | None = None
     """Steps between samples; every validation if not given, 0 for none."""
+    instruments: str | None = None
+    """What else to look at in every validation: attention, states, decays, gradients, with commas
+    between, or all. They change nothing that is trained."""
     save_every: int | None = None
     """Steps between checkpoints; every validation if not given. The end is always saved."""
     keep: int = 2
@@ -90,6 +127,9 @@ class TrainConfig:
     """Folder of the run; checkpoints/MIXER-SIZE-DATA if not given."""
     resume: bool = False
     """Go on from the newest checkpoint in the folder; start afresh if there is none."""
+    find_lr: bool = False
+    """Train no model, but raise the rate over a few hundred steps, draw what the loss does and
+    suggest a --learning-rate; with the same other flags as the run that it is for."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run.
@@ -98,21 +138,43 @@ class TrainConfig:
             ValueError: naming the setting.
         """
         from model.presets import parse_mixer  # loads torch, which the overview can do without
+        from train.recipes import BUDGETS
 
         parse_mixer(self.mixer)
+        if self.instruments is not None:
+            from train.instruments import parse_instruments
+
+            parse_instruments(self.instruments)
         if self.carry_state:
             from train.carry import check_can_carry
 
             check_can_carry(self.mixer)
-        if self.size not in SIZES:
-            raise ValueError(f"there is no size {self.size!r}; choose one of {', '.join(SIZES)}")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"precision must be auto, fp32 or bf16, but is {self.precision!r}")
-        if self.backend not in ("auto", "native", "torch"):
-            raise ValueError(f"backend must be auto, native or torch, but is {self.backend!r}")
+        parse_size(self.size)
+        if self.recipe is not None:
+            one_of("recipe", self.recipe, BUDGETS)
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
+        one_of("schedule", self.schedule, SCHEDULES)
+        for name in ("dropout", "final_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(
+                    f"{name.replace('_', '-')} must be at least 0 and below 1, but is {value}"
+                )
+        if self.find_lr and self.resume:
+            raise ValueError("choose one of --find-lr and --resume: the search keeps no checkpoint")
+        if self.find_lr and self.carry_state:
+            raise ValueError("--find-lr reads windows in any order: leave --carry-state out")
+        if self.shard and self.optimizer == "muon":
+            raise ValueError("muon needs whole matrices, which --shard divides: choose adamw")
+        if self.precision not in ("auto", "fp32", "bf16", "fp64"):
+            raise ValueError(
+                f"precision must be auto, fp32, bf16 or fp64, but is {self.precision!r}"
+            )
         for name in ("steps", "batch_size", "context", "log_every", "eval_tokens"):
             at_least(name, getattr(self, name), 1)
-        for name in ("max_skipped", "keep"):
+        if self.backend not in ("auto", "native", "torch"):
+            raise ValueError(f"backend must be auto, native or torch, but is {self.backend!r}")
+        for name in ("max_skipped", "keep", "accumulate", "context_parallel"):
             at_least(name, getattr(self, name), 1)
         for name in ("eval_every", "save_every", "threads", "ffn_dim", "vocab_size", "stream"):
             at_least(name, getattr(self, name), 1)
@@ -152,12 +214,13 @@ class TrainConfig:
         return values
 
 
-NOT_OF_THE_RUN = ("out", "resume")
-"""Settings that say where and how to start, not what to compute."""
+NOT_OF_THE_RUN = ("out", "resume", "find_lr", "shard", "context_parallel")
+"""Settings that say where and how to start, not what to compute; a resumed run is told again."""
 
 FREE_ON_RESUME = (
     *(*NOT_OF_THE_RUN, "log_every", "eval_every", "sample_every", "save_every"),
     *("keep", "max_skipped", "threads", "backend", "compile"),
+    *("accumulate", "checkpoint_activations", "track", "instruments"),
 )
 """Settings that a resumed run may change without becoming another run."""
 
@@ -165,6 +228,16 @@ FREE_ON_RESUME = (
 def _stem(data: str) -> str:
     """What to call a source of text in the name of a folder."""
     return "".join(c if c.isalnum() else "-" for c in Path(data).stem)
+
+
+def one_of(name: str, value: str, known: Iterable[str]) -> None:
+    """Refuses a name that there is not.
+
+    Raises:
+        ValueError: naming the ones that there are.
+    """
+    if value not in known:
+        raise ValueError(f"there is no {name} {value!r}; choose one of {', '.join(known)}")
 
 
 def at_least(name: str, value: int | None, least: int) -> None:
@@ -189,7 +262,7 @@ class CompareConfig:
     mixers: str = "rwkv7,attention"
     """Names with commas between, as in `ebb train`; the first one's parameters are matched."""
     size: str = "micro"
-    """nano, micro, tiny or small, as in `ebb train`."""
+    """nano, micro, tiny, small, or layers and width, as in `ebb train`."""
     data: str = "sotu"
     """A text, as in `ebb train`."""
     column: str = "text"
@@ -236,8 +309,7 @@ class CompareConfig:
 
         if len({parse_mixer(name) for name in self.names}) != len(self.names):
             raise ValueError(f"mixers must be different, but are {self.mixers!r}")
-        if self.size not in SIZES:
-            raise ValueError(f"there is no size {self.size!r}; choose one of {', '.join(SIZES)}")
+        parse_size(self.size)
         for name in ("batch_size", "context", "seeds", "eval_tokens", "vocab_size", "threads"):
             at_least(name, getattr(self, name), 1)
         if self.tune < 0 or self.tune == 1:

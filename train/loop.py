@@ -8,24 +8,24 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 
 from data.loader import Batch, StretchBatches, TrainingBatches, validation_batches
-from model.language_model import LanguageModel
+from model.config import ModelConfig
 from model.layers import MIXERS
 from model.ops import OPS, native
-from model.presets import preset
 from train import checkpoint as files
 from train.carry import Carry
 from train.compiling import compile_blocks, uncompiled
 from train.config import TrainConfig
-from train.evaluate import Evaluation, bits_per_byte, evaluate
+from train.distributed import LAUNCHER_ECHO, Ranks
+from train.evaluate import Evaluation, bits_per_byte
 from train.interrupt import Interrupted, stop_on_signal
-from train.loss import next_token_loss
 from train.machine import Machine, choose_machine
 from train.memory import keep_freed_memory
 from train.metrics import MetricsLog
@@ -35,9 +35,12 @@ from train.progress import Display
 from train.recipes import recipe_of
 from train.resume import Progress, check_data, claim_folder, is_applied
 from train.run_folder import RunFolder
+from train.run_instruments import RunInstruments
 from train.sampling import sample_text
 from train.schedule import rate_factor
 from train.snapshot import Snapshot, whole_tokenizer
+from train.starting import final_fraction, new_model, seed_dropout
+from train.trackers import start_trackers
 
 
 @dataclass(frozen=True)
@@ -75,18 +78,17 @@ def train_until(
     it need not `announce` again what is trained on what.
     """
     keep_freed_memory()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # Apple's GPUs have no float64
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"ebb trains in one process, but was started in {accelerator.num_processes}: "
-            "start it without a launcher"
-        )
-    own_display = Display() if display is None else nullcontext(display)
-    with files.locked(config.folder), own_display as shown:
-        resumed = claim_folder(config, shown)
-        machine = choose_machine(config, shown.say)
-        with machine.in_use():
-            return _Run(config, shown, accelerator, machine, resumed).run(step, announce)
+    ranks = Ranks(config)
+    own_display = Display(quiet=not ranks.is_main) if display is None else nullcontext(display)
+    with ranks.told_once(), own_display as shown:
+        ranks.check()
+        with ranks.locked(config.folder):
+            resumed = ranks.in_turn(lambda: claim_folder(config, shown))
+            machine = ranks.in_turn(lambda: choose_machine(config, shown.say))
+            with machine.in_use():
+                result = _Run(config, shown, ranks, machine, resumed).run(step, announce)
+        ranks.close()
+        return result
 
 
 class _Run:
@@ -96,19 +98,21 @@ class _Run:
         self,
         config: TrainConfig,
         display: Display,
-        accelerator: Accelerator,
+        ranks: Ranks,
         machine: Machine,
         resumed: Snapshot | None,
     ) -> None:
-        self.config, self.display, self.folder = config, display, config.folder
-        self.data = prepare_data(
-            config.data,
-            config.column,
-            config.tokenizer,
-            config.vocab_size,
-            display,
-            fixed_tokenizer=whole_tokenizer(self.folder, resumed.step) if resumed else None,
-            stream=config.stream,
+        self.config, self.display, self.folder, self.ranks = config, display, config.folder, ranks
+        self.data = ranks.in_turn(
+            lambda: prepare_data(
+                config.data,
+                config.column,
+                config.tokenizer,
+                config.vocab_size,
+                display,
+                fixed_tokenizer=whole_tokenizer(self.folder, resumed.step) if resumed else None,
+                stream=config.stream,
+            )
         )
         if resumed is not None:
             check_data(self.folder, self.data.fingerprint)
@@ -121,35 +125,36 @@ class _Run:
             end_id=self.data.tokenizer.end_id,
         )
         self._validation_batches()  # refuses a text that is too short before anything is trained
-        self.accelerator = accelerator
         torch.manual_seed(config.seed)
-        model_config = preset(
-            config.size, config.mixer, self.data.tokenizer.vocab_size, ffn_dim=config.ffn_dim
-        )
-        model = LanguageModel(model_config)
+        self.model = new_model(config, self.data.tokenizer, is_resumed=resumed is not None)
+        model_config = self.model.config
+        if config.precision == "fp64":
+            self.model.double()
         self.recipe = recipe_of(model_config.mixer)
         self.rate = config.learning_rate or self.recipe.learning_rate
         decay = self.recipe.weight_decay if config.weight_decay is None else config.weight_decay
-        optimizer = make_optimizer(model, self.recipe, self.rate, decay)
         self.progress = Progress()
         if resumed is not None:
-            files.fill(model, resumed.weights, f"The checkpoint in {self.folder}")
-            optimizer.load_state_dict(resumed.optimizer)
+            files.fill(self.model, resumed.weights, f"The checkpoint in {self.folder}")
             self.progress = Progress(**resumed.progress)
+        ranks.prepare(self.model)
+        self.optimizer = make_optimizer(self.model, self.recipe, self.rate, decay, config.optimizer)
+        if resumed is not None:
+            self.optimizer.load_state_dict(ranks.divided(resumed.optimizer, self.optimizer))
             if self.carry is not None:
-                self.carry.restore(model, config.batch_size, resumed.extra)
-        self.model: LanguageModel
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+                self.carry.restore(self.model, config.batch_size, resumed.extra)
         self.files = RunFolder(config, self.progress)
+        self.instruments = RunInstruments(config, ranks)
         if machine.compile:
             compiles = compile_blocks(
                 self.model, self._kinds_of_batches(), display.say, must=resumed is not None
             )
             machine = dataclasses.replace(machine, compile=compiles)
         if resumed is not None:
-            self.files.go_on_from(resumed)
-        self.files.write_settings(model_config, self.data, machine)
-        self.metrics = MetricsLog(self.folder / files.METRICS, self.progress.step)
+            ranks.in_turn(lambda: self.files.go_on_from(resumed))
+        ranks.wait()  # until all have read the old files
+        ranks.on_main(lambda: self._begin_files(model_config, machine))
+        start_trackers(ranks.accelerator, config)
 
     def run(self, until: int, announce: bool) -> TrainResult | None:
         """Steps to the end, to the step at which to pause, or to an interrupt."""
@@ -167,11 +172,11 @@ class _Run:
         sample_every = every if config.sample_every is None else config.sample_every
         validation: Evaluation | None = None
         with (
-            stop_on_signal(self.display.say) as stop,
+            stop_on_signal(self.display.say, LAUNCHER_ECHO * (self.ranks.count > 1)) as stop,
             self.display.noted_task("Step", config.steps, progress.step) as show,
         ):
             note, is_due = "", False
-            while progress.step < until and not stop.requested:
+            while progress.step < until and not self.ranks.any(stop.requested):
                 start = time.perf_counter()
                 batch = self.batches[progress.step]
                 loss, norm = self._step(batch)
@@ -182,7 +187,8 @@ class _Run:
                 if progress.step % config.log_every == 0 or is_last or is_given_up:
                     self._log()
                 if progress.skipped_in_a_row:
-                    self.files.look_at_skipped(loss, norm, self.display.say)
+                    look = partial(self.files.look_at_skipped, loss, norm, self.display.say)
+                    self.ranks.in_turn(look)
                 if progress.step % every == 0 or is_last:
                     validation = self._validate()
                     note = f" val {validation.bits_per_byte:.3f}"
@@ -195,10 +201,11 @@ class _Run:
                 show(progress.step, self._note(loss, num_bytes) + note)
             if progress.step < config.steps:
                 self._save(is_good=not progress.skipped_in_a_row)
-                if not stop.requested:
+                if not self.ranks.any(stop.requested):
                     return None
                 done = f"Saved after step {progress.step} of {config.steps}"
                 raise Interrupted(f"{done}; {self.files.how_to_go_on()}")
+        self.instruments.draw(self.model, self._validation_batches(), self.data.tokenizer)
         if validation is None:  # resumed when nothing was left to do
             validation = self._evaluate()
         return TrainResult(
@@ -211,28 +218,25 @@ class _Run:
 
     def _step(self, batch: Batch) -> tuple[float, float]:
         """One step; its loss and the norm of its gradient, which is applied if both are finite."""
-        device = self.accelerator.device
-        inputs, targets = batch.inputs.to(device), batch.targets.to(device)
-        reset = None if batch.reset is None else batch.reset.to(device)
         factor = rate_factor(
             self.progress.step,
             steps=self.config.steps,
             warmup=self._warmup(),
-            final_fraction=self.recipe.final_fraction,
+            final_fraction=final_fraction(self.config),
+            schedule=self.config.schedule,
         )
         set_rate(self.optimizer, self.rate * factor)
-        with torch.autocast(device.type, torch.bfloat16, enabled=_is_bf16(self.config.precision)):
-            loss_of = next_token_loss if self.carry is None else self.carry.loss
-            loss = loss_of(self.model, inputs, targets, reset)
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        value, norm_value = float(loss.detach()), float(norm)
-        if is_applied(value, norm_value):
+        seed_dropout(self.config, self.progress.step)
+        loss = self.ranks.forward_backward(
+            batch, bf16=_is_bf16(self.config.precision), carry=self.carry
+        )
+        norm = self.ranks.clip(self.model.parameters(), self.config.clip)
+        if is_applied(loss, norm):
             if self.carry is not None:
                 self.carry.keep()
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return value, norm_value
+        return loss, norm
 
     def _warmup(self) -> int:
         steps = self.config.steps
@@ -264,7 +268,9 @@ class _Run:
     def _evaluate(self) -> Evaluation:
         """Loss on the validation text."""
         with uncompiled():
-            return evaluate(self.model, self._validation_batches(), self.data.token_bytes)
+            return self.ranks.evaluate(
+                self.model, self._validation_batches(), self.data.token_bytes
+            )
 
     def _validate(self) -> Evaluation:
         """Loss on the validation text, written down; keeps the best weights; shows a sample."""
@@ -274,11 +280,14 @@ class _Run:
                 f"The validation loss is not finite at step {progress.step:,}"
             )
         self._write_metrics(
-            validation_loss=result.loss, validation_bits_per_byte=result.bits_per_byte
+            validation_loss=result.loss,
+            validation_bits_per_byte=result.bits_per_byte,
+            **self.instruments.read(self.model, self._validation_batches()),
         )
         if progress.best_loss is None or result.loss < progress.best_loss:
             progress.best_loss = result.loss
-            self.files.save_best(self.model.state_dict())
+            best = self.ranks.whole(self.model.state_dict())
+            self.ranks.on_main(lambda: self.files.save_best(best))
         self.display.say(
             f"step {progress.step:,}: validation {result.loss:.4f} nats/token, "
             f"{result.bits_per_byte:.4f} bits/byte"
@@ -286,28 +295,35 @@ class _Run:
         return result
 
     def _show_sample(self) -> None:
+        model = self.ranks.plain(self.model)
+        if model is None:
+            return
         with uncompiled():
             text = sample_text(
-                self.model, self.data.tokenizer, tokens=60, seed=self.config.seed, prompt="\n"
+                model, self.data.tokenizer, tokens=60, seed=self.config.seed, prompt="\n"
             )
         self.display.say("  " + " ".join(text.split()), style="dim")
 
     def _write_metrics(self, **values: float) -> None:
         step = self.progress.step
-        self.metrics.append(
-            {
-                "step": step,
-                "tokens": step * self.config.batch_size * self.config.context,
-                "seconds": round(self.progress.seconds, 3),
-                **values,
-            }
-        )
+        line = {
+            "step": step,
+            "tokens": step * self.config.batch_size * self.config.context,
+            "seconds": round(self.progress.seconds, 3),
+            **values,
+        }
+        self.ranks.on_main(lambda: self.metrics.append(line))
+        self.ranks.accelerator.log(line, step)
 
     def _save(self, *, is_good: bool) -> None:
         carried = {} if self.carry is None else self.carry.tensors()
-        self.files.save(
-            self.model.state_dict(), self.optimizer.state_dict(), carried, is_good=is_good
-        )
+        weights = self.ranks.whole(self.model.state_dict())
+        optimizer = self.ranks.whole(self.optimizer.state_dict())
+        self.ranks.on_main(lambda: self.files.save(weights, optimizer, carried, is_good=is_good))
+
+    def _begin_files(self, model_config: ModelConfig, machine: Machine) -> None:
+        self.files.write_settings(model_config, self.data, machine)
+        self.metrics = MetricsLog(self.folder / files.METRICS, self.progress.step)
 
     def _kinds_of_batches(self) -> list[Batch]:
         """One batch without the start of a document, and one with it."""
@@ -339,7 +355,14 @@ def _is_bf16(precision: str) -> bool:
 
 def train_command(config: TrainConfig) -> None:
     """Runs `ebb train` and prints how it ended."""
+    if config.find_lr:
+        from train.find_rate import find_rate_command  # it needs what stands above
+
+        find_rate_command(config)
+        return
     result = train(config)
+    if not PartialState().is_main_process:
+        return
     sys.stdout.write(
         f"{result.folder}: {result.num_parameters:,} parameters, {result.tokens:,} tokens at "
         f"{result.tokens_per_second:,.0f} tokens/s; validation {result.validation.loss:.4f} "

@@ -19,10 +19,14 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Display:
-    """One place for all progress of a command. Use it as a context manager."""
+    """One place for all progress of a command. Use it as a context manager.
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+    Args:
+        quiet: show nothing, as a process does that works beside another.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False, quiet=quiet)
         self._is_live = self.console.is_terminal
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),

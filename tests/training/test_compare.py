@@ -141,7 +141,12 @@ def test_report_stands_in_the_folder(results, settings):
         bits = [run["validation_bits_per_byte"] for run in model["runs"]]
         assert f"{sum(bits) / 2:.3f}" in text
     plots = sorted(folder.glob("*.png"))
-    assert [plot.name for plot in plots] == ["generation.png", "loss.png"]
+    assert [plot.name for plot in plots] == [
+        "compute.png",
+        "generation.png",
+        "lengths.png",
+        "loss.png",
+    ]
     for plot in plots:
         assert plot.name in text
         assert matplotlib.image.imread(plot).std() > 0.01, "an empty picture"

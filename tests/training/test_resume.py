@@ -1,19 +1,16 @@
 """A run that was stopped, in whatever way, ends as if it had not been."""
 
 import json
-import os
 import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from runs import (
-    PATIENCE,
     STEPS,
     TINY,
     contents,
@@ -21,7 +18,6 @@ from runs import (
     metrics,
     only_line,
     repeatable,
-    start_ebb,
     write_text,
 )
 from safetensors.torch import load_file
@@ -254,25 +250,3 @@ def test_text_that_has_changed_since_is_refused(workshop, tmp_path, capsys):
     assert ebb("train", "--resume", "--out", tmp_path / "run") == 1
     assert "has changed since it began" in only_line(capsys.readouterr().err)
     assert contents(tmp_path / "run") == before
-
-
-def test_several_processes_are_refused_in_a_sentence(workshop, tmp_path):
-    """Started as a launcher starts each of two; they need not meet for that."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    world["OMP_NUM_THREADS"] = "1"  # accelerate warns where a launcher has not set it
-    processes = [
-        start_ebb(
-            *("train", "--data", workshop / "text.txt", *TINY, "--steps", "4"),
-            *("--out", tmp_path / "run"),
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
-    for process, error in zip(processes, errors, strict=True):
-        assert process.returncode == 1, error
-        assert "ebb trains in one process" in error
-    assert not (tmp_path / "run" / "config.json").exists()
