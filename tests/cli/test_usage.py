@@ -103,7 +103,10 @@ def test_overview_answers_without_loading_torch():
         (["compare", "--mixers", "rwkv7,rwkv7"], "mixers must be different, but are 'rwkv7"),
         (["compare", "--mixers", "rwkv7,"], "there is no mixer ''; choose one of "),
         (["compare", "--size", "big"], "there is no size 'big'; choose one of nano, "),
-        (["compare", "--budget", "soon"], "budget must be like 500-steps, 20M-tokens, 1e15-flops or"),
+        (
+            ["compare", "--budget", "soon"],
+            "budget must be like 500-steps, 20M-tokens, 1e15-flops or",
+        ),
         (["compare", "--contexts", "1k,x"], "contexts must be numbers such as 128 or 4k, but one"),
         (["compare", "--seeds", "0"], "seeds must be at least 1, but is 0"),
         (
@@ -111,7 +114,10 @@ def test_overview_answers_without_loading_torch():
             "batch-size must be at least 1, but is 0",
         ),
         (["compare", "--threads", "0"], "threads must be at least 1, but is 0"),
-        (["demo", "--budget", "4 minutes"], "budget must be like 500-steps, 20M-tokens, 1e15-flops or"),
+        (
+            ["demo", "--budget", "4 minutes"],
+            "budget must be like 500-steps, 20M-tokens, 1e15-flops or",
+        ),
         (["compare", "--prompt", ""], "prompt must not be empty"),
         (["compare", "--mixers", "attention,softmax"], "mixers must be different"),
         (["train", "--warmup", "9", "--steps", "9"], "warmup must be less than the 9 steps, not 9"),

@@ -98,9 +98,11 @@ def test_budget(text, amount, unit):
     assert Budget.parse(text) == Budget(amount, unit)
 
 
-@pytest.mark.parametrize("text", ["", "5", "steps", "0-steps", "-3s", "5 days", "1e999s", "5m", "0s"])
+@pytest.mark.parametrize(
+    "text", ["", "5", "steps", "0-steps", "-3s", "5 days", "1e999s", "5m", "0s"]
+)
 def test_what_is_no_budget_is_refused(text):
-    with pytest.raises(ValueError, match="budget must be like 500-steps, 20M-tokens, 1e15-flops or"):
+    with pytest.raises(ValueError, match="budget must be like 500-steps, 20M-tokens, 1e15-flops"):
         Budget.parse(text)
 
 
