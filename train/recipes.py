@@ -58,8 +58,8 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
         "transformer": _recipe("4x192", 256, 8, steps=2900, learning_rate=5e-3),
     },
     "cpu-1h": {
-        "rwkv": _recipe("micro", 256, 8, steps=9500, learning_rate=4e-3, dropout=0.1),
-        "transformer": _recipe("micro", 256, 8, steps=10_500, learning_rate=4e-3, dropout=0.1),
+        "rwkv": _recipe("micro", 512, 8, steps=4500, learning_rate=5e-3, dropout=0.2),
+        "transformer": _recipe("micro", 512, 8, steps=4800, learning_rate=4e-3, dropout=0.2),
     },
 }
 """Settings of `ebb train --recipe`, by the body that a mixer stands in."""
