@@ -88,9 +88,9 @@ class TrainConfig:
     """Of the peak rate, where the schedule ends; the mixer's own, 0.1, if not given."""
     weight_decay: float | None = None
     """Of matrices; the mixer's own if not given."""
-    dropout: float = 0.0
-    """Share of what each layer adds to the residual stream that is left out, at random; it helps
-    where a text is read many times over."""
+    dropout: float | None = 0.0
+    """Share of what each layer adds to the residual stream that is left out, at random. None, which
+    recipes have: by how often the text is read, 0 up to 4 times, 0.1 up to 10, else 0.2."""
     warmup: int | None = None
     """Steps of linear warm-up; a fiftieth of all, but at least 10, if not given."""
     clip: float = 1.0

@@ -20,7 +20,7 @@ from train.optimizer import make_optimizer, set_rate
 from train.prepare import prepare_data
 from train.progress import Display
 from train.recipes import recipe_of
-from train.starting import new_model, seed_dropout
+from train.starting import dropout, new_model, seed_dropout
 
 LOWEST, HIGHEST = 1e-5, 1.0
 STEPS = 150
@@ -91,6 +91,8 @@ def find_rate(config: TrainConfig, display: Display) -> RangeTest:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
     model = new_model(config, data.tokenizer, is_resumed=False).to(device)
+    share = dropout(config, data.train.tokens.size)
+    model.set_dropout(share)
     if config.precision == "fp64":
         model.double()
     recipe = recipe_of(model.config.mixer)
@@ -102,7 +104,7 @@ def find_rate(config: TrainConfig, display: Display) -> RangeTest:
     with display.noted_task("Raising the rate", STEPS) as show:
         for step in range(STEPS):
             rate = LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
-            seed_dropout(config, step)
+            seed_dropout(share, config.seed, step)
             value, norm = _gradients(model, batches[step], config)
             if not (math.isfinite(value) and math.isfinite(norm)):
                 break

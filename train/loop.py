@@ -39,7 +39,7 @@ from train.run_instruments import RunInstruments
 from train.sampling import sample_text
 from train.schedule import rate_factor
 from train.snapshot import Snapshot, whole_tokenizer
-from train.starting import final_fraction, new_model, seed_dropout
+from train.starting import dropout, epochs, final_fraction, new_model, seed_dropout
 from train.trackers import start_trackers
 
 
@@ -127,6 +127,8 @@ class _Run:
         self._validation_batches()  # refuses a text that is too short before anything is trained
         torch.manual_seed(config.seed)
         self.model = new_model(config, self.data.tokenizer, is_resumed=resumed is not None)
+        self.dropout = dropout(config, self.data.train.tokens.size)
+        self.model.set_dropout(self.dropout)
         model_config = self.model.config
         if config.precision == "fp64":
             self.model.double()
@@ -226,7 +228,7 @@ class _Run:
             schedule=self.config.schedule,
         )
         set_rate(self.optimizer, self.rate * factor)
-        seed_dropout(self.config, self.progress.step)
+        seed_dropout(self.dropout, self.config.seed, self.progress.step)
         loss = self.ranks.forward_backward(
             batch, bf16=_is_bf16(self.config.precision), carry=self.carry
         )
@@ -337,8 +339,9 @@ class _Run:
             f"{config.mixer} {config.size}: {self.model.num_parameters():,} parameters, "
             f"{data.tokenizer.name} tokenizer ({data.tokenizer.vocab_size:,}), {data.name}: "
             f"{data.train.tokens.size:,} training tokens, "
-            f"{config.steps * config.batch_size * config.context / data.train.tokens.size:.2f} "
-            f"epochs, {torch.get_num_threads()} threads -> {self.folder}"
+            f"{epochs(config, data.train.tokens.size):.2f} epochs, "
+            f"{f'dropout {self.dropout:g}, ' if self.dropout else ''}"
+            f"{torch.get_num_threads()} threads -> {self.folder}"
         )
         if OPS[MIXERS[self.model.config.mixer].op].native and not native.is_available():
             self.display.say(f"The recurrence runs in plain PyTorch: {native.status()}.")

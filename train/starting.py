@@ -15,7 +15,7 @@ from model.layers import MIXERS
 from model.presets import parse_mixer, preset
 from train import checkpoint as files
 from train.config import TrainConfig
-from train.recipes import budget_settings, recipe_of
+from train.recipes import budget_settings, dropout_for, recipe_of
 from train.snapshot import read_run
 
 
@@ -69,7 +69,6 @@ def new_model(config: TrainConfig, tokenizer: Tokenizer, *, is_resumed: bool) ->
         _check_agreement(config, starting_settings(init_from=config.init_from))
         model = files.load_model(source)[0].train()
         files.read_tokenizer(source, files.read_config(source), model.config.vocab_size)
-    model.set_dropout(config.dropout)
     return model
 
 
@@ -80,13 +79,23 @@ def final_fraction(config: TrainConfig) -> float:
     return recipe_of(parse_mixer(config.mixer)[0]).final_fraction
 
 
-def seed_dropout(config: TrainConfig, step: int) -> None:
+def epochs(config: TrainConfig, num_tokens: int) -> float:
+    """How often a run reads a text of so many tokens."""
+    return config.steps * config.batch_size * config.context / num_tokens
+
+
+def dropout(config: TrainConfig, num_tokens: int) -> float:
+    """That of a run on a text of so many tokens."""
+    return dropout_for(epochs(config, num_tokens)) if config.dropout is None else config.dropout
+
+
+def seed_dropout(share: float, seed: int, step: int) -> None:
     """Makes what is left out in a step a function of seed and step, so that a resumed run repeats.
 
     Without dropout nothing is drawn in a step, and nothing is seeded.
     """
-    if config.dropout:
-        torch.manual_seed((config.seed * 2**32 + step + 1) % 2**63)
+    if share:
+        torch.manual_seed((seed * 2**32 + step + 1) % 2**63)
 
 
 def _of_checkpoint(folder: Path) -> dict[str, Any]:

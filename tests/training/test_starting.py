@@ -71,6 +71,24 @@ def test_recipe_trains_and_resumes(workshop, tmp_path):
     assert ebb(*run, "--resume") == 0
 
 
+@pytest.mark.parametrize(
+    ("steps", "flags", "share"),
+    [(2, (), "0"), (24, (), "0.1"), (48, (), "0.2"), (48, ("--dropout", "0.3"), "0.3")],
+)
+def test_recipe_leaves_out_more_the_more_often_a_text_is_read(
+    workshop, tmp_path, capsys, steps, flags, share
+):
+    text = workshop / "text.txt"
+    tokens = int(0.9 * len(text.read_bytes()))
+    context = 64
+    run = ["train", "--recipe", "cpu-2min", "--data", text, *TINY, "--size", "1x32", *flags]
+    run += ["--steps", str(steps), "--warmup", "0", "--out", tmp_path, "--context", str(context)]
+    run += ["--batch-size", str(tokens // context // 4)]  # a quarter of an epoch a step
+    assert ebb(*run) == 0
+    said = capsys.readouterr().err.splitlines()[0]
+    assert (f"dropout {share}," in said) if share != "0" else "dropout" not in said, said
+
+
 @pytest.fixture(scope="module")
 def base(workshop, tmp_path_factory):
     """A run of two layers to start others from; not to be changed."""
@@ -168,7 +186,7 @@ def table_of_budgets():
     names = {"rwkv": "RWKV", "transformer": "others"}
     return "\n".join(
         f"| `{budget}` | {names[body]} | {s['size']} | {s['context']} | {s['batch_size']} | "
-        f"{s['steps']:,} | {s['learning_rate']:g} | {s.get('dropout', 0):g} |"
+        f"{s['steps']:,} | {s['learning_rate']:g} |"
         for budget, bodies in BUDGETS.items()
         for body, s in bodies.items()
     )
