@@ -22,6 +22,7 @@ from data.tokenizers import Tokenizer, load_tokenizer
 from model.config import ModelConfig
 from model.language_model import LanguageModel
 from model.presets import from_dict
+from train.compact import grow
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -139,7 +140,7 @@ def model_config(folder: Path, config: dict[str, Any]) -> ModelConfig:
 
 
 def read_weights(folder: Path, shape: ModelConfig, *, best: bool = False) -> dict[str, Tensor]:
-    """A run's weights, in the dtype that they were written in.
+    """A run's weights, in the dtype that they were written in; those in 8 bits as float32.
 
     Raises:
         ValueError: if the file is missing, damaged, or another model's.
@@ -148,11 +149,13 @@ def read_weights(folder: Path, shape: ModelConfig, *, best: bool = False) -> dic
     if not path.is_file():
         raise ValueError(f"There is no {path}: the run has not saved any weights yet.")
     try:
-        weights = load_file(path)
+        weights = grow(load_file(path))
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path} cannot be read as safetensors ({error}): it is damaged or incomplete."
         ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
     with torch.device("meta"):
         _check_fit(LanguageModel(shape).state_dict(), weights, str(path))
     return weights
