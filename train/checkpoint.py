@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.tokenizers import Tokenizer, load_tokenizer
 from model.config import ModelConfig
-from model.language_model import LanguageModel
+from model.language_model import LanguageModel, shapes_only
 from model.presets import from_dict
 from train.compact import grow
 
@@ -120,8 +119,7 @@ def load_model(folder: Path, *, best: bool = False) -> tuple[LanguageModel, dict
     config = read_config(folder)
     shape = model_config(folder, config)
     weights = read_weights(folder, shape, best=best)
-    with torch.device("meta"):  # no initial values, which take minutes for a large model
-        model = LanguageModel(shape)
+    model = shapes_only(shape)
     assert {name for name, _ in model.named_buffers()} <= set(weights), "a buffer was left unset"
     model.to_empty(device="cpu").load_state_dict(weights)  # in float32, whatever the file has
     return model.eval(), config
@@ -156,8 +154,7 @@ def read_weights(folder: Path, shape: ModelConfig, *, best: bool = False) -> dic
         ) from error
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
-    with torch.device("meta"):
-        _check_fit(LanguageModel(shape).state_dict(), weights, str(path))
+    _check_fit(shapes_only(shape).state_dict(), weights, str(path))
     return weights
 
 
