@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from data.errors import DataError
+from data.joined import Tokens, cut_out, release_all
 from data.packing import TokenArray, release
 
 _WINDOWS_HELD = 256
@@ -181,7 +182,7 @@ def validation_batches(
     )
 
 
-def sequential_stretches(tokens: TokenArray, *, context: int, end_id: int) -> Iterator[Batch]:
+def sequential_stretches(tokens: Tokens, *, context: int, end_id: int) -> Iterator[Batch]:
     """All tokens in order, batch 1, to be read with the state carried from each to the next.
 
     Every token but the first is a target exactly once; the last stretch may be shorter.
@@ -190,15 +191,19 @@ def sequential_stretches(tokens: TokenArray, *, context: int, end_id: int) -> It
         DataError: At the call: there are fewer than two tokens.
     """
     _check(tokens, 1, 1, "validation")
+    return _stretches(tokens, context, end_id)
+
+
+def _stretches(tokens: Tokens, context: int, end_id: int) -> Iterator[Batch]:
     last = tokens.size - 1
-    return (
-        _windows(tokens, np.array([start]), min(context, last - start), end_id)
-        for start in range(0, last, context)
-    )
+    for count, start in enumerate(range(0, last, context), start=1):
+        yield _windows(tokens, np.array([start]), min(context, last - start), end_id)
+        if count % _WINDOWS_HELD == 0:
+            release_all(tokens)
 
 
 def window_stretches(
-    tokens: TokenArray,
+    tokens: Tokens,
     starts: npt.NDArray[np.int64],
     *,
     length: int,
@@ -221,9 +226,9 @@ def window_stretches(
     )
 
 
-def _windows(tokens: TokenArray, starts: npt.NDArray[np.int64], length: int, end_id: int) -> Batch:
+def _windows(tokens: Tokens, starts: npt.NDArray[np.int64], length: int, end_id: int) -> Batch:
     """Cut ``length`` tokens and the one after at each start."""
-    rows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
+    rows = np.stack([cut_out(tokens, start, length + 1) for start in starts]).astype(np.int64)
     inputs = rows[:, :-1]
     reset = inputs == end_id
     return Batch(
@@ -233,7 +238,7 @@ def _windows(tokens: TokenArray, starts: npt.NDArray[np.int64], length: int, end
     )
 
 
-def _check(tokens: TokenArray, context: int, batch_size: int, side: str) -> None:
+def _check(tokens: Tokens, context: int, batch_size: int, side: str) -> None:
     if context < 1 or batch_size < 1:
         raise DataError("The context and the batch size are counted from 1.")
     if tokens.size < context + 1:

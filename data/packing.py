@@ -6,7 +6,7 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 _FORMAT = 1
 _BATCH_CHARACTERS = 1 << 21
 _SIDES = ("train", "validation")
+_Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def pack(
     tokenizer: Tokenizer,
     cache_dir: Path,
     progress: Callable[[int], None] | None = None,
+    *,
+    processes: int | None = None,
 ) -> tuple[PackedTokens, PackedTokens]:
     """Tokenise a corpus, or map what an earlier call left in the cache.
 
@@ -73,6 +76,7 @@ def pack(
         cache_dir: Where the folders of all corpora lie; made if missing.
         progress: Called with the number of bytes of text done so far, of ``corpus.num_bytes``;
             not called when the cache is used.
+        processes: As in ``Tokenizer.encoder``; the cache is the same whatever their number.
 
     Returns:
         The tokens for training and for validation.
@@ -88,7 +92,8 @@ def pack(
         with _locked(folder.with_suffix(".lock")):
             packed = _map(folder)
             if packed is None:
-                _write(corpus, tokenizer, folder, progress or (lambda _: None))
+                with tokenizer.encoder(corpus.num_bytes, processes) as encode:
+                    _write(corpus, tokenizer, encode, folder, progress or (lambda _: None))
                 packed = _map(folder)
     except OSError as error:
         raise DataError(
@@ -124,7 +129,11 @@ def _map(folder: Path) -> tuple[PackedTokens, PackedTokens] | None:
 
 
 def _write(
-    corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: Callable[[int], None]
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    encode: _Encode,
+    folder: Path,
+    progress: Callable[[int], None],
 ) -> None:
     """Write the folder beside its place and rename it; the caller holds the lock."""
     beside = folder.with_suffix(".tmp")
@@ -137,7 +146,7 @@ def _write(
         for side, documents in zip(_SIDES, (corpus.train, corpus.validation), strict=True):
             count = num_bytes = 0
             with (beside / f"{side}.bin").open("wb") as file:
-                for ids, size in _encoded(documents, tokenizer):
+                for ids, size in _encoded(documents, encode, tokenizer.end_id):
                     file.write(np.asarray(ids, dtype=dtype).tobytes())
                     count += len(ids)
                     num_bytes += size
@@ -164,7 +173,7 @@ def _sync(descriptor: int, flush: Callable[[], None]) -> None:
     os.fsync(descriptor)
 
 
-def _encoded(documents: Documents, tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
+def _encoded(documents: Documents, encode: _Encode, end_id: int) -> Iterator[tuple[list[int], int]]:
     """The ids and the number of bytes of each piece of text, in batches of bounded size."""
     batch: list[tuple[str, bool]] = []
     characters = 0
@@ -172,14 +181,14 @@ def _encoded(documents: Documents, tokenizer: Tokenizer) -> Iterator[tuple[list[
         batch.append((piece, is_last))
         characters += len(piece)
         if characters >= _BATCH_CHARACTERS:
-            yield from _encoded_batch(batch, tokenizer)
+            yield from _encoded_batch(batch, encode, end_id)
             batch, characters = [], 0
-    yield from _encoded_batch(batch, tokenizer)
+    yield from _encoded_batch(batch, encode, end_id)
 
 
 def _encoded_batch(
-    batch: list[tuple[str, bool]], tokenizer: Tokenizer
+    batch: list[tuple[str, bool]], encode: _Encode, end_id: int
 ) -> Iterator[tuple[list[int], int]]:
-    encoded = tokenizer.encode_batch([piece for piece, _ in batch])
+    encoded = encode([piece for piece, _ in batch])
     for (piece, ends_document), ids in zip(batch, encoded, strict=True):
-        yield [*ids, tokenizer.end_id] if ends_document else ids, len(piece.encode())
+        yield [*ids, end_id] if ends_document else ids, len(piece.encode())

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import torch
 import tyro
 from rich import box
@@ -16,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from data.corpora import load_corpus
+from data.joined import JoinedTokens, Tokens
 from data.loader import sequential_stretches
-from data.packing import TokenArray, default_cache_dir, pack
+from data.packing import default_cache_dir, pack
 from model.decode import check_weights, with_rounded_weights
 from model.language_model import LanguageModel
 from train.checkpoint import Checkpoint, load_checkpoint
@@ -133,7 +133,7 @@ def evaluate_checkpoint(config: EvalConfig) -> None:
             sys.stdout.write(f"Plot: {plot}\n")
 
 
-def _tokens(config: EvalConfig, checkpoint: Checkpoint, display: Display) -> tuple[str, TokenArray]:
+def _tokens(config: EvalConfig, checkpoint: Checkpoint, display: Display) -> tuple[str, Tokens]:
     """The name of the text, and its tokens."""
     trained = checkpoint.config["train"]
     if config.data is None and "data" not in trained:
@@ -146,16 +146,14 @@ def _tokens(config: EvalConfig, checkpoint: Checkpoint, display: Display) -> tup
     with display.task("Tokenising", corpus.num_bytes) as advance:
         packed = pack(corpus, checkpoint.tokenizer, default_cache_dir(), advance)
     sides = {"train": packed[:1], "validation": packed[1:], "all": packed}[config.split]
-    tokens = sides[0].tokens  # a single side stays on the disk
-    if len(sides) > 1:
-        tokens = np.concatenate([side.tokens for side in sides])
+    tokens = JoinedTokens([side.tokens for side in sides])  # they stay on the disk
     return corpus.name, tokens[: config.max_tokens]
 
 
 def _measure(
     config: EvalConfig,
     checkpoint: Checkpoint,
-    tokens: TokenArray,
+    tokens: Tokens,
     context: int | None,
     display: Display,
 ) -> _Results:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.errors import DataError
+from data.joined import Tokens, release_all
 from data.loader import Batch, window_stretches
-from data.packing import TokenArray
 from model.language_model import LanguageModel
 
 STRETCH = 256
@@ -85,7 +85,7 @@ def evaluate(
 
 def evaluate_windows(
     model: LanguageModel,
-    tokens: TokenArray,
+    tokens: Tokens,
     token_bytes: npt.NDArray[np.int32],
     *,
     context: int,
@@ -111,6 +111,7 @@ def evaluate_windows(
     for starts in window_starts(tokens, context, model.config.vocab_size, stretch):
         batches = window_stretches(tokens, starts, length=context, stretch=stretch, end_id=end_id)
         parts.append(evaluate(model, batches, token_bytes, carry_state=True))
+        release_all(tokens)
         if progress is not None:
             progress(sum(part.tokens for part in parts))
     return Evaluation(
@@ -121,7 +122,7 @@ def evaluate_windows(
 
 
 def window_starts(
-    tokens: TokenArray, length: int, vocab_size: int, stretch: int
+    tokens: Tokens, length: int, vocab_size: int, stretch: int
 ) -> Iterator[npt.NDArray[np.int64]]:
     """Where windows without overlap begin, in groups to be read side by side.
 

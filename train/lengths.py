@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.joined import Tokens, release_all
 from data.loader import window_stretches
-from data.packing import TokenArray
 from model.language_model import LanguageModel
 from model.layers.rotary import document_positions
 from train.evaluate import STRETCH, check_window, evaluating, token_losses, window_starts
@@ -116,7 +116,7 @@ class LengthStudy:
 
 def study_lengths(
     model: LanguageModel,
-    tokens: TokenArray,
+    tokens: Tokens,
     *,
     context: int,
     end_id: int,
@@ -152,6 +152,7 @@ def study_lengths(
             reading = _Reading(context, factors[-1] // factor, bounds)
             for starts in window_starts(text, factor * context, model.config.vocab_size, stretch):
                 _read(model, text, starts, factor * context, end_id, stretch, reading)
+                release_all(text)
                 if progress is not None:
                     progress(len(found) * (text.size - 1) + reading.tokens)
             found.append(reading)
@@ -227,7 +228,7 @@ class _Reading:
 
 def _read(
     model: LanguageModel,
-    tokens: TokenArray,
+    tokens: Tokens,
     starts: "np.ndarray[tuple[int], np.dtype[np.int64]]",
     length: int,
     end_id: int,

@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -21,7 +22,11 @@ from tokenizers import AddedToken
 
 from data.errors import DataError
 from data.tokenizers.byte_level import END, byte_characters, is_byte_definition
-from data.tokenizers.world import WORLD_END, longest_match
+from data.tokenizers.workers import matching_processes, usable_processes
+from data.tokenizers.world import WORLD_END, LongestMatch, longest_match
+
+_WORTH_PROCESSES = 8_000_000
+"""Bytes of text: below it, starting processes takes about as long as the work."""
 
 # The usual names of the token that ends a document, the more specific first: some chat models
 # use <|end|> for a turn beside <|endoftext|> for a document.
@@ -61,7 +66,8 @@ class Tokenizer:
             inner.add_special_tokens([AddedToken(END, special=True, normalized=False)])
         definition = json.loads(inner.to_str())
         self._inner = inner
-        self._encode_bytes, kind = _own_way(definition)
+        self._matching = longest_match(definition)
+        self._encode_bytes, kind = _own_way(definition, self._matching)
         self._is_byte_level = (definition["decoder"] or {}).get("type") == "ByteLevel"
         self._specials = {
             token_id
@@ -86,15 +92,37 @@ class Tokenizer:
         try:
             if self._encode_bytes is not None:
                 return [self._encode_bytes(text.encode()) for text in texts]
-            # The library takes only what is valid UTF-8, but says so in a misleading way.
-            for text in texts:
-                text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(
-                "The text holds half of a surrogate pair, which is no character: give UTF-8 text."
-            ) from error
+            raise _half_a_pair() from error
+        # The library takes only what is valid UTF-8, but says so in a misleading way.
+        _check_pairs(texts)
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    @contextmanager
+    def encoder(
+        self, num_bytes: int, processes: int | None = None
+    ) -> Iterator[Callable[[Sequence[str]], list[list[int]]]]:
+        """`encode_batch` for a long text, on all cores with every kind of tokenizer.
+
+        The ids are the same whatever the number of processes.
+
+        Args:
+            num_bytes: Of all that is going to be encoded: no process is started for a short text.
+            processes: How many at most, where the library does not use the cores by itself; by
+                the cores of this machine if not given.
+        """
+        count = usable_processes() if processes is None else processes
+        if self._matching is None or count < 2 or num_bytes < _WORTH_PROCESSES:
+            yield self.encode_batch
+            return
+        with matching_processes(self._matching, count) as encode:
+
+            def checked(texts: Sequence[str]) -> list[list[int]]:
+                _check_pairs(texts)
+                return encode(texts)
+
+            yield checked
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; special tokens, the end token among them, stand for nothing.
@@ -217,10 +245,26 @@ class _ByteStream(TextStream):
         return text
 
 
-def _own_way(definition: dict[str, Any]) -> tuple[Callable[[bytes], list[int]] | None, str]:
+def _own_way(
+    definition: dict[str, Any], world: LongestMatch | None
+) -> tuple[Callable[[bytes], list[int]] | None, str]:
     """From bytes to ids without the library, if that is faster, and what to call this kind."""
+    if world is not None:
+        return world.encode, "world"
     if is_byte_definition(definition):
         return list, "bytes"
-    if (world := longest_match(definition)) is not None:
-        return world.encode, "world"
     return None, definition["model"]["type"].lower()
+
+
+def _check_pairs(texts: Sequence[str]) -> None:
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise _half_a_pair() from error
+
+
+def _half_a_pair() -> DataError:
+    return DataError(
+        "The text holds half of a surrogate pair, which is no character: give UTF-8 text."
+    )

@@ -22,6 +22,7 @@ from data.corpora import load_corpus
 from data.errors import DataError
 from data.packing import pack
 from data.tokenizers import END, load_tokenizer, pieces
+from data.tokenizers.world import LongestMatch
 
 OFFICIAL = Path(rwkv.__file__).with_name("rwkv_vocab_v20230424.txt")
 WORLD = load_tokenizer(str(OFFICIAL))
@@ -276,6 +277,29 @@ def test_packed_tokens_fit_sixteen_bits(tmp_path):
     packed, _ = pack(corpus, WORLD, tmp_path / "cache")
     assert packed.tokens.dtype == np.uint16
     assert packed.tokens.tolist() == [i for text in corpus.train for i in [*WORLD.encode(text), 0]]
+
+
+def test_several_processes_write_the_cache_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.tokenizers.tokenizer._WORTH_PROCESSES", 1000)
+    write_vocabulary(tmp_path / "small.txt", SMALL)
+    here: list[int] = []
+    encode = LongestMatch.encode
+    monkeypatch.setattr(LongestMatch, "encode", lambda *given: here.append(1) or encode(*given))
+    small = load_tokenizer(str(tmp_path / "small.txt"))
+    rows = [{"text": mixed_text(20 * n)} for n in range(60)] + [{"text": mixed_text(700_000)}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    corpus = load_corpus(str(tmp_path / "rows.jsonl"))
+    written = []
+    for processes in (1, 2):
+        here.clear()
+        cache = tmp_path / f"cache-{processes}"
+        pack(corpus, small, cache, processes=processes)
+        assert bool(here) == (processes == 1), "where the work is done"
+        written.append({p.name: p.read_bytes() for p in cache.glob("*/*")})
+    assert written[0] == written[1]
+    assert set(written[0]) == {"train.bin", "validation.bin", "meta.json"}
+    with small.encoder(10_000, 2) as several, pytest.raises(DataError, match="surrogate pair"):
+        several(["a\ud800"])
 
 
 def test_a_run_does_not_need_the_file_any_more(tmp_path, monkeypatch, capsys):

@@ -6,10 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from model_helpers import ALL_MIXERS, VOCAB, random_model, random_tokens, small_config
 from runs import ebb
 
 from data.errors import DataError
+from data.joined import JoinedTokens
 from data.loader import Batch, sequential_stretches, validation_batches
 from train.evaluate import Evaluation, evaluate, evaluate_windows
 
@@ -118,6 +121,46 @@ def test_eval_reads_the_sides_of_the_text(reference, capsys):
     counts["validation"] = report(capsys, reference)["tokens"]
     assert counts["all"] == counts["train"] + counts["validation"] + 1
     assert report(capsys, reference, "--max-tokens", "30")["tokens"] == 29
+
+
+def test_eval_of_both_sides_is_that_of_one_array(reference, capsys, monkeypatch):
+    """Stretches and windows cross from one token file to the next, which no one joins."""
+    flags = ("--split", "all", "--stretch", "50", "--extrapolate", "4", "--plot")
+    plot = reference.parent / "both.png"
+    apart = report(capsys, reference, *flags, plot)
+    joined: list[int] = []
+
+    def in_memory(parts):
+        joined.append(len(parts))
+        return np.concatenate(parts)
+
+    monkeypatch.setattr("train.eval_command.JoinedTokens", in_memory)
+    assert report(capsys, reference, *flags, plot) == apart
+    assert joined == [2]
+
+
+@given(
+    sizes=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    cuts=st.lists(st.tuples(st.integers(0, 22), st.integers(0, 22)), max_size=3),
+)
+def test_joined_tokens_are_cut_like_one_array(sizes, cuts):
+    whole = np.arange(sum(sizes), dtype=np.uint16)
+    joined = JoinedTokens(np.split(whole, np.cumsum(sizes)[:-1]))
+    for start, length in cuts:
+        whole, joined = whole[start : start + length], joined[start : start + length]
+    assert joined.size == whole.size
+    if whole.size:
+        np.testing.assert_array_equal(joined.read(), whole)
+
+
+def test_joined_token_files_are_not_copied_by_cutting(tmp_path):
+    for name in "ab":
+        np.arange(1000, dtype=np.uint16).tofile(tmp_path / name)
+    files = [np.memmap(tmp_path / name, dtype=np.uint16, mode="r") for name in "ab"]
+    cut = JoinedTokens(files)[500:1500]
+    assert all(np.shares_memory(a, b) for a, b in zip(cut._parts, files, strict=True))
+    cut.release()
+    assert cut.read().tolist() == [*range(500, 1000), *range(500)]
 
 
 def test_eval_of_another_text(reference, tmp_path, capsys):
