@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -63,6 +64,24 @@ SIZES = {
     "tiny": Size(num_layers=8, d_model=512, head_dim=64),
     "small": Size(num_layers=12, d_model=768, head_dim=64),
 }
+
+
+def parse_size(text: str) -> Size:
+    """`micro`, or layers and width: `4x256`, in heads of 64, or of 32 where that is no divisor.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if text in SIZES:
+        return SIZES[text]
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    layers, width = map(int, found.groups()) if found else (0, 0)
+    if not layers or not width or width % 32:
+        raise ValueError(
+            f"there is no size {text!r}; choose one of {', '.join(SIZES)}, or layers and width "
+            "such as 4x192 (the width a multiple of 32)"
+        )
+    return Size(layers, width, 64 if width % 64 == 0 else 32)
 
 
 @dataclass(frozen=True)

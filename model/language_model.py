@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from model.config import ModelConfig
 from model.initialization import initialize
@@ -34,6 +36,7 @@ class Block(nn.Module):
         self.time_norm = mixer.body.norm(config.d_model)
         self.time_mix = mixer.time_mix(config, layer)
         self.channel_mix: Layer | None = None
+        self.dropout = 0.0
         if mixer.channel_mix is not None:
             self.channel_norm = mixer.body.norm(config.d_model)
             self.channel_mix = mixer.channel_mix(config, layer)
@@ -49,11 +52,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor, state: BlockState, context: Context) -> tuple[Tensor, BlockState]:
         """`[B, T, D]` -> `[B, T, D]`."""
         y, time = self.time_mix(self.time_norm(x), state.time, context)
+        y = self._dropped(y)
         if self.channel_mix is None:
             return x + y, BlockState(time, state.channel)
         normed, x = self.channel_norm.of_sum(x, y)
         y, channel = self.channel_mix(normed, state.channel, context)
-        return x + y, BlockState(time, channel)
+        return x + self._dropped(y), BlockState(time, channel)
+
+    def _dropped(self, y: Tensor) -> Tensor:
+        return F.dropout(y, self.dropout) if self.training and self.dropout else y
 
 
 class LanguageModel(nn.Module):
@@ -77,7 +84,8 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = body.norm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        initialize(self)
+        if not self.head.weight.is_meta:
+            initialize(self)
 
     def initial_state(self, batch_size: int) -> ModelState:
         """The state before the first token."""
@@ -93,7 +101,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, ModelState]:
         """As `forward`, up to the head: `[B, T, D]` instead of the logits, `head(features)`.
 
-        `observe` is called with the name and the keyword arguments of each layer's op, in order.
+        `observe` is called with the name and all arguments of each layer's op, in order.
         """
         self._check(tokens, form)
         state = self.initial_state(tokens.shape[0]) if state is None else state
@@ -130,6 +138,15 @@ class LanguageModel(nn.Module):
         x, new_state = self.features(tokens, state, form, reset)
         return ModelOutput(self.head(x), new_state)
 
+    def set_dropout(self, share: float) -> None:
+        """In training mode, leaves out that share of what each layer adds, at random.
+
+        The draws are of torch's global generator. Nothing else knows of it: it is no part of the
+        shape, and a new model has none.
+        """
+        for block in self._blocks():
+            block.dropout = share
+
     def num_parameters(self) -> int:
         """All of them, embedding and head included."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -150,3 +167,29 @@ class LanguageModel(nn.Module):
             raise ValueError(f"form must be one of {', '.join(FORMS)}, but is {form!r}")
         if tokens.dim() != 2 or tokens.shape[1] < 1:
             raise ValueError(f"tokens must be [B, T] with T >= 1, but are {[*tokens.shape]}")
+
+
+def shapes_only(config: ModelConfig) -> LanguageModel:
+    """A model on the meta device: its weights have shapes, but no memory and no values.
+
+    Nothing is drawn, so that it takes no time either; `to_empty` and `load_state_dict` fill it.
+
+    Raises:
+        ValueError: as `LanguageModel`.
+    """
+    with torch.device("meta"), _NothingDrawn():
+        return LanguageModel(config)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Inside, PyTorch's own modules get no initial values.
+
+    On the meta device a normal distribution would import the compiler, which takes a second.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function.__module__ == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))

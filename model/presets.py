@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from model.config import SIZES, MixerOptions, ModelConfig, strict
+from model.config import MixerOptions, ModelConfig, parse_size, strict
 from model.layers import MIXERS, Mixer
 
 
@@ -55,7 +55,7 @@ def complete(config: ModelConfig) -> ModelConfig:
 
 
 def preset(size: str, mixer: str, vocab_size: int, *, ffn_dim: int | None = None) -> ModelConfig:
-    """A shape by name, for a mixer as the command line names it.
+    """A shape by name or as `4x256`, for a mixer as the command line names it.
 
     A block without a channel mix is half a layer: there are twice as many (as Mamba counts them,
     arXiv 2312.00752, section 3.4).
@@ -63,10 +63,8 @@ def preset(size: str, mixer: str, vocab_size: int, *, ffn_dim: int | None = None
     Raises:
         ValueError: for an unknown size or mixer.
     """
-    if size not in SIZES:
-        raise ValueError(f"there is no size {size!r}; choose one of {', '.join(SIZES)}")
     row, options = parse_mixer(mixer)
-    shape = dataclasses.asdict(SIZES[size])
+    shape = dataclasses.asdict(parse_size(size))
     if MIXERS[row].channel_mix is None:
         shape["num_layers"] *= 2
     return complete(

@@ -92,3 +92,86 @@ def results(*models):
         },
         "models": list(models),
     }
+
+
+def with_flops(measured, costs):
+    """FLOPs, learning rates and peak memory, as newer comparisons have them."""
+    measured["settings"] |= {"budget": "5min", "tune": 3}
+    for number, (one, flops) in enumerate(zip(measured["models"], costs, strict=True)):
+        one |= {"flops_per_token": flops, "learning_rate": 1e-3}
+        one["tuning"] = [
+            {"learning_rate": rate, "validation_loss": 4.2 + 0.05 * abs(math.log(rate / 1e-3))}
+            for rate in (5e-4, 1e-3, 2e-3)
+        ]
+        for point in one["generation"]:
+            point["peak_memory_bytes"] = 6_000_000 + number * point["state_bytes"]
+    return measured
+
+
+def diverged(one, seed=0, step=40, reason="its loss is not a finite number"):
+    """A model of which one run broke off."""
+    run = one["runs"][seed]
+    run |= {"diverged": {"step": step, "reason": reason}, "validation_loss": None}
+    run |= {"validation_bits_per_byte": None, "tokens": step * 2048}
+    run["curve"] = [point for point in run["curve"] if point["tokens"] <= step * 2048]
+    run["curve"].append({"tokens": step * 2048, "seconds": 9.0, "loss": None})
+    run["validation_curve"] = []
+    return one
+
+
+def with_lengths(one, harm):
+    """The loss in windows of up to 32 contexts; `harm` is added at each doubling beyond two."""
+    last = [4.0 - 0.05 * min(n, 2) + harm * max(0, n - 2) for n in range(6)]
+    one["lengths"] = {
+        "context": 256,
+        "asked": 32,
+        "spans": 9,
+        "lengths": [
+            {
+                "length": 256 * 2**n,
+                "loss": loss + 0.02,
+                "last": loss,
+                "seen": 200.0 * 2**n,
+                "gain": loss - last[0],
+                "margin": 0.02,
+            }
+            for n, loss in enumerate(last)
+        ],
+        "positions": [
+            {"fewest": 2**n // 2 + 1, "most": 2**n, "loss": 6 - 0.25 * min(n, 9), "tokens": 900}
+            for n in range(14)
+        ],
+    }
+    return one
+
+
+def with_tasks(one, recall, parity):
+    """Accuracies at points of growing difficulty, with two seeds each."""
+    points = {"recall": ("num_pairs", (4, 8, 16, 32)), "parity": ("length", (16, 32, 64, 128))}
+    one["tasks"] = {
+        task: [
+            {"point": {key: place}, "accuracy": value, "seeds": [value - 0.01, value + 0.01]}
+            for place, value in zip(places, values, strict=False)
+        ]
+        for (task, (key, places)), values in zip(points.items(), (recall, parity), strict=True)
+    }
+    return one
+
+
+def everything():
+    """Results with all that a comparison may hold: three mixers, and one that diverged once."""
+    models = [
+        rwkv7(1.412, 1.418, 1.409),
+        attention(1.455, 1.449, 1.46),
+        gla(1.42, 1.413, 1.411),
+        diverged(model("rwkv4", (1.6, 1.61, 1.62), 8000, (0.3,) * 5, [90_000] * 5), seed=1),
+    ]
+    accuracies = (
+        ((0.97, 0.9, 0.7, 0.4), (0.99, 0.98, 0.97, 0.95)),
+        ((0.99, 0.99, 0.98, 0.97), (0.9, 0.6, 0.52, 0.5)),
+        ((0.9, 0.6, 0.3, 0.1), (0.98, 0.7, 0.55, 0.51)),
+        ((0.5, 0.2, 0.1, 0.05), (0.97, 0.6, 0.5, 0.5)),
+    )
+    for one, (recall, parity), harm in zip(models, accuracies, (0, 0.4, 0, 0.02), strict=True):
+        with_tasks(with_lengths(one, harm), recall, parity)
+    return with_flops(results(*models), (8.1e6, 8.9e6, 8.4e6, 7.9e6))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from model import state as states
+from model.decode import engine_if_any
 from model.generation import prefill, step
 from model.language_model import LanguageModel
 from model.state import ModelState
@@ -19,6 +20,7 @@ from train.loss import next_token_loss
 from train.memory import keep_freed_memory
 from train.optimizer import make_optimizer
 from train.recipes import recipe_of
+from train.tensor_memory import TensorMemory
 
 Key = TypeVar("Key")
 Begin = Callable[[], Callable[[torch.Tensor], object]]
@@ -55,6 +57,8 @@ class Decoding:
     milliseconds: Measurement
     """Per token."""
     state_bytes: int
+    peak_memory_bytes: int
+    """Weights, those packed for decoding too, the state, and all tensors that a token makes."""
 
 
 def take_turns(
@@ -162,11 +166,25 @@ def measure_decoding(
                 context,
                 Measurement.of([1e3 * seconds for seconds in spent[name, context]]),
                 states.num_bytes(at[name]),
+                _peak_memory(model, at[name]),
             )
             for context, at in zip(contexts, states_at, strict=True)
         ]
-        for name in models
+        for name, model in models.items()
     }
+
+
+def _peak_memory(model: LanguageModel, state: ModelState) -> int:
+    """While two tokens are read: the first may have to move a cache, the second has it moved."""
+    engine = engine_if_any(model, state)
+    held = sum(p.numel() * p.element_size() for p in model.parameters()) + states.num_bytes(state)
+    read = stepper(model, state)()
+    with TensorMemory() as memory:
+        for token in torch.zeros(2, 1, dtype=torch.long):
+            read(token)
+    packed = 0 if engine is None else engine.num_bytes
+    total: int = held + packed + memory.peak
+    return total
 
 
 def burst(begin: Begin, vocabulary: int) -> Callable[[], list[float]]:

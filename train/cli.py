@@ -128,11 +128,19 @@ def _run(name: str, args: Sequence[str]) -> int:
 def _parse(name: str, kind: type[Any], args: Sequence[str]) -> Any:
     """The settings in `args`; with `--resume` they start from what the folder was made with.
 
+    Those of `ebb train` start from a recipe or a checkpoint where the flags name one.
+
     Raises:
         ValueError: for a value that is refused.
     """
     prog = f"ebb {name}"
-    config = _from_flags(kind, args=args, prog=prog)
+    options: dict[str, Any] = {}
+    if kind is TrainConfig:
+        from train.starting import settings_of_flags  # loads torch, which the overview does without
+
+        start = settings_of_flags(args)
+        options = {} if start is None else {"default": start}
+    config = _from_flags(kind, args=args, prog=prog, **options)
     if isinstance(config, TrainConfig | CompareConfig) and config.resume:
         saved = config.saved()
         if saved is not None:

@@ -1,7 +1,9 @@
 """Several mixers, trained alike and measured alike: `ebb compare`."""
 
+import dataclasses
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,19 @@ from model.presets import preset
 from train import checkpoint as files
 from train.budget import Budget
 from train.config import COMPARISON, CompareConfig, TrainConfig
+from train.flops import training_flops_per_token
 from train.interrupt import Interrupted
-from train.loop import TrainResult, train
 from train.matching import matched, num_parameters
 from train.prepare import prepare_data
 from train.progress import Display
 from train.report import REPORT, summary_lines, summary_table, write_report
-from train.results import measure, training_speeds
+from train.results import measure, training_speeds, trials_of
+from train.tuning import PART, best_rate, tune
+from train.turns import Outcome, train_in_turns, turns_of
 
 RESULTS = "results.json"
+Runs = dict[str, TrainConfig]
+"""The settings of a run of each mixer, by the mixer's name."""
 
 
 def compare(config: CompareConfig) -> None:
@@ -43,7 +49,8 @@ def print_results(results: dict[str, Any], folder: Path) -> None:
     console.print(summary_table(results))
     for line in summary_lines(results):
         console.print(line, markup=False)
-    paths = [f"Report: {folder / 'report.md'}", f"Numbers: {folder / RESULTS}"]
+    paths = [f"Report: {folder / 'report.html'}", f"Text:   {folder / 'report.md'}"]
+    paths.append(f"Numbers: {folder / RESULTS}")
     paths += [f"Plot:   {plot}" for plot in sorted(folder.glob("*.png"))]
     sys.stdout.write("\n" + "".join(f"{path}\n" for path in paths))  # rich would break a long one
 
@@ -73,11 +80,12 @@ def run_comparison(config: CompareConfig, display: Display) -> dict[str, Any]:
         )
         shapes = matched_shapes(config, data.tokenizer.vocab_size)
         if plan is None:
-            plan = {"settings": config.to_dict(), "steps": _steps(config, shapes, display)}
+            plan = _make_plan(config, shapes, display)
             files.save_json(config.folder / COMPARISON, plan)
         try:
-            runs = _train_all(config, shapes, int(plan["steps"]), display)
-            results = measure(config, shapes, int(plan["steps"]), runs, data, display)
+            runs = _tune(config, plan, _runs(config, shapes, plan), display)
+            outcomes = _train_all(config, plan, runs, display)
+            results = measure(config, shapes, plan, outcomes, data, display)
         except (Interrupted, KeyboardInterrupt) as stop:
             raise Interrupted(
                 f"Saved; go on with: ebb compare --resume --out {shlex.quote(str(config.folder))}"
@@ -117,41 +125,84 @@ def _claim_folder(config: CompareConfig) -> dict[str, Any] | None:
     return plan
 
 
-def _steps(config: CompareConfig, shapes: dict[str, ModelConfig], display: Display) -> int:
-    """Steps for each model that the budget pays for."""
+def _make_plan(
+    config: CompareConfig, shapes: dict[str, ModelConfig], display: Display
+) -> dict[str, Any]:
+    """What `comparison.json` holds: a time has become steps, which stay what they are."""
     budget = Budget.parse(config.budget)
-    if budget.unit != "seconds":
-        return budget.steps(config.batch_size * config.context)
-    with display.task("Measuring the speeds", 3 * len(shapes)) as show:
-        speeds = training_speeds(config, shapes, 2, show)
     tokens = config.batch_size * config.context
-    seconds = config.seeds * sum(tokens / speed.median for speed in speeds.values())
-    return max(1, int(budget.amount / seconds))
+    turns = 1
+    if budget.unit == "seconds":
+        with display.task("Measuring the speeds", 3 * len(shapes)) as show:
+            speeds = training_speeds(config, shapes, 2, show)
+        a_step = sum(tokens / speed.median for speed in speeds.values())
+        steps = max(1, int(budget.amount / a_step / (config.seeds + config.tune / PART)))
+        of_each = dict.fromkeys(shapes, steps)
+        turns = turns_of(steps * a_step / len(shapes))
+    else:
+        of_each = {
+            name: budget.steps(tokens, training_flops_per_token(shape, config.context))
+            for name, shape in shapes.items()
+        }
+    return {"settings": config.to_dict(), "steps": of_each, "turns": turns, "tuning": None}
+
+
+def _tune(config: CompareConfig, plan: dict[str, Any], runs: Runs, display: Display) -> Runs:
+    """The runs at the best of the rates tried, which are written into the plan once."""
+    if config.tune and plan["tuning"] is None:
+        folder = config.folder / "tune"
+        like = {
+            name: dataclasses.replace(run, seed=config.seeds, out=folder)
+            for name, run in runs.items()
+        }
+        trials = tune(like, config.tune, plan["turns"], display)
+        plan["tuning"] = {
+            name: [dataclasses.asdict(trial) for trial in tried] for name, tried in trials.items()
+        }
+        files.save_json(config.folder / COMPARISON, plan)
+        for name, tried in trials.items():
+            display.say(f"{name}: best of {config.tune} learning rates: {best_rate(name, tried):g}")
+    shutil.rmtree(config.folder / "tune", ignore_errors=True)  # what counts is in the plan
+    rates = {name: best_rate(name, trials_of(plan, name)) for name in runs}
+    return {name: dataclasses.replace(run, learning_rate=rates[name]) for name, run in runs.items()}
+
+
+def _runs(config: CompareConfig, shapes: dict[str, ModelConfig], plan: dict[str, Any]) -> Runs:
+    """A run of each mixer; seed and folder are still to come."""
+    return {
+        name: TrainConfig(
+            mixer=name,
+            size=config.size,
+            data=config.data,
+            column=config.column,
+            tokenizer=config.tokenizer,
+            vocab_size=config.vocab_size,
+            steps=plan["steps"][name],
+            batch_size=config.batch_size,
+            context=config.context,
+            ffn_dim=shape.ffn_dim,
+            threads=config.threads,
+            eval_tokens=config.eval_tokens,
+            sample_every=0,
+            resume=True,
+        )
+        for name, shape in shapes.items()
+    }
 
 
 def _train_all(
-    config: CompareConfig, shapes: dict[str, ModelConfig], steps: int, display: Display
-) -> dict[str, list[tuple[int, TrainResult]]]:
+    config: CompareConfig, plan: dict[str, Any], runs: Runs, display: Display
+) -> dict[str, list[tuple[int, Outcome]]]:
     """Trains every mixer with every seed; what is finished already is only validated."""
-    runs: dict[str, list[tuple[int, TrainResult]]] = {name: [] for name in shapes}
+    found: dict[str, list[tuple[int, Outcome]]] = {name: [] for name in runs}
     for seed in range(config.seeds):
-        for name, shape in shapes.items():
-            run = TrainConfig(
-                mixer=name,
-                size=config.size,
-                data=config.data,
-                column=config.column,
-                tokenizer=config.tokenizer,
-                vocab_size=config.vocab_size,
-                steps=steps,
-                batch_size=config.batch_size,
-                context=config.context,
-                ffn_dim=shape.ffn_dim,
-                seed=seed,
-                threads=config.threads,
-                eval_tokens=config.eval_tokens,
-                out=config.folder / "runs" / f"{name.replace(':', '-')}-{seed}",
-                resume=True,
+        seeded = {
+            f"{name}, seed {seed}": dataclasses.replace(
+                run, seed=seed, out=config.folder / "runs" / f"{name.replace(':', '-')}-{seed}"
             )
-            runs[name].append((seed, train(run, display)))
-    return runs
+            for name, run in runs.items()
+        }
+        outcomes = train_in_turns(seeded, plan["turns"], display)
+        for made, outcome in zip(found.values(), outcomes.values(), strict=True):
+            made.append((seed, outcome))
+    return found

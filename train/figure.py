@@ -27,19 +27,16 @@ INK, QUIET, GRID = "#222222", "#5F5F5F", "#E4E4E4"
 
 def panels(names: Sequence[str]) -> tuple[Figure, tuple[Axes, Axes]]:
     """Two panels under one legend: a fixed colour for each name, by its place."""
-    figure = Figure(figsize=(10.5, 4.6), dpi=DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for axes in (left, right):
-        axes.grid(color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            axes.spines[side].set_color("#AAAAAA")
-        axes.tick_params(colors=QUIET, labelsize=9, length=3, color="#AAAAAA", which="both")
-        axes.xaxis.label.set(color=INK, fontsize=10)
-        axes.yaxis.label.set(color=INK, fontsize=10)
+    figure, (left, right) = panel_rows(names, 1)
+    return figure, (left, right)
+
+
+def panel_rows(names: Sequence[str], rows: int) -> tuple[Figure, list[Axes]]:
+    """The same with more rows of two, from left to right and down."""
+    figure = _empty(10.5, rows)
+    every: list[Axes] = list(figure.subplots(rows, 2).flat)
+    for axes in every:
+        _style(axes)
     handles = [
         Line2D([], [], linewidth=2.5, **style) for _, style in zip(names, styles(), strict=False)
     ]
@@ -53,7 +50,15 @@ def panels(names: Sequence[str]) -> tuple[Figure, tuple[Axes, Axes]]:
         labelcolor=INK,
         handlelength=2.2,
     )
-    return figure, (left, right)
+    return figure, every
+
+
+def panel() -> tuple[Figure, Axes]:
+    """One panel without a legend."""
+    figure = _empty(7.0)
+    axes = figure.subplots()
+    _style(axes)
+    return figure, axes
 
 
 def styles() -> "cycle[dict[str, Any]]":
@@ -95,3 +100,21 @@ def context_axis(axes: Axes, contexts: Sequence[int]) -> None:
     axes.xaxis.set_major_locator(FixedLocator(contexts[::-1][::every]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ticks(short_context))
+
+
+def _empty(width: float, rows: int = 1) -> Figure:
+    figure = Figure(figsize=(width, 4.6 * rows), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(axes: Axes) -> None:
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#AAAAAA")
+    axes.tick_params(colors=QUIET, labelsize=9, length=3, color="#AAAAAA", which="both")
+    axes.xaxis.label.set(color=INK, fontsize=10)
+    axes.yaxis.label.set(color=INK, fontsize=10)

@@ -1,7 +1,6 @@
 """`ebb info`: the machine and the mixers, or one checkpoint."""
 
 import dataclasses
-import itertools
 import json
 import os
 import platform
@@ -16,7 +15,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from data.corpora import load_corpus
 from model import state as states
 from model.config import SIZES
 from model.language_model import LanguageModel
@@ -26,7 +24,8 @@ from model.ops import FORMS, OPS, native
 from model.ops.scores import SCORES
 from model.presets import preset
 from train.checkpoint import TOKENIZER, load_model, read_tokenizer
-from train.half_lives import TOKENS, half_lives
+from train.half_lives import TOKENS, half_lives, known_text
+from train.instruments_info import instruments_info
 from train.readable import readable_bytes, three_digits
 
 CONTEXTS = (1024, 16384)
@@ -44,6 +43,12 @@ class InfoConfig:
     """Print one JSON object instead of tables."""
     markdown: bool = False
     """Print the table of mixers in Markdown, as the README shows it."""
+    instruments: bool = False
+    """Read all instruments on the built-in text, and draw attention.png and instruments.png in the
+    checkpoint's folder."""
+    beside: Path | None = None
+    """With --instruments: another checkpoint whose attention to draw beside, such as one trained
+    with softmax."""
 
     def __post_init__(self) -> None:
         """Refuses what has no effect.
@@ -53,6 +58,10 @@ class InfoConfig:
         """
         if self.markdown and (self.json or self.checkpoint is not None):
             raise ValueError("markdown prints the table of mixers only: leave the rest out")
+        if self.instruments and self.checkpoint is None:
+            raise ValueError("instruments need a checkpoint to read: name its folder")
+        if self.beside is not None and not self.instruments:
+            raise ValueError("beside is of the plots of --instruments: add it, or leave it out")
 
 
 def info(config: InfoConfig) -> None:
@@ -64,7 +73,12 @@ def info(config: InfoConfig) -> None:
     if config.markdown:
         sys.stdout.write(mixers_markdown() + "\n")
         return
-    report = machine_info() if config.checkpoint is None else checkpoint_info(config.checkpoint)
+    if config.checkpoint is None:
+        report = machine_info()
+    else:
+        report = checkpoint_info(config.checkpoint)
+        if config.instruments:
+            report |= instruments_info(config.checkpoint, config.beside)
     if config.json:
         sys.stdout.write(json.dumps(report) + "\n")
         return
@@ -120,10 +134,8 @@ def checkpoint_info(folder: Path) -> dict[str, Any]:
     options = config.pop("options")
     lives: list[dict[str, float]] = []
     if (folder / TOKENIZER).exists():  # an imported model may have none
-        text = "".join(itertools.islice(load_corpus("sotu").validation, 1))
         tokenizer = read_tokenizer(folder, settings, model.config.vocab_size)
-        ids = tokenizer.encode(text[: 8 * TOKENS])[:TOKENS]
-        lives = half_lives(model, torch.tensor([ids]))
+        lives = half_lives(model, torch.tensor([known_text(tokenizer, TOKENS)[1]]))
     report = {
         "model": {**config, **options, "fingerprint": model.fingerprint()},
         "training": settings["train"],

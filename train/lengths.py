@@ -21,7 +21,7 @@ from data.packing import TokenArray
 from model.language_model import LanguageModel
 from model.layers.rotary import document_positions
 from train.evaluate import STRETCH, check_window, evaluating, token_losses, window_starts
-from train.findings import STUDENT_T
+from train.intervals import student_t
 
 LONGEST = 32
 """Training contexts in the longest window, where nothing else is asked for."""
@@ -250,7 +250,7 @@ def _length_loss(length: int, reading: _Reading, shortest: _Reading) -> LengthLo
     gains = [a - b for a, b in zip(reading.last_nats, shortest.last_nats, strict=True)]
     spans, margin = len(gains), None
     if spans > 1:
-        quantile = STUDENT_T[min(spans - 1, len(STUDENT_T)) - 1]
+        quantile = student_t(spans - 1)
         finite = all(math.isfinite(gain) for gain in gains)
         margin = quantile * stdev(gains) / math.sqrt(spans) if finite else math.nan
     return LengthLoss(

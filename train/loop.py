@@ -17,10 +17,8 @@ from accelerate import PartialState
 
 from data.loader import Batch, StretchBatches, TrainingBatches, validation_batches
 from model.config import ModelConfig
-from model.language_model import LanguageModel
 from model.layers import MIXERS
 from model.ops import OPS, native
-from model.presets import preset
 from train import checkpoint as files
 from train.carry import Carry
 from train.compiling import compile_blocks, uncompiled
@@ -37,9 +35,11 @@ from train.progress import Display
 from train.recipes import recipe_of
 from train.resume import Progress, check_data, claim_folder, is_applied
 from train.run_folder import RunFolder
+from train.run_instruments import RunInstruments
 from train.sampling import sample_text
 from train.schedule import rate_factor
 from train.snapshot import Snapshot, whole_tokenizer
+from train.starting import dropout, epochs, final_fraction, new_model, seed_dropout
 from train.trackers import start_trackers
 
 
@@ -61,7 +61,21 @@ def train(config: TrainConfig, display: Display | None = None) -> TrainResult:
 
     Raises:
         ValueError: for settings, data or a folder that cannot be used.
+        Diverged: when it has come to nothing.
         Interrupted: after Ctrl-C, when all is saved; after a second one, at once.
+    """
+    result = train_until(config, config.steps, display)
+    assert result is not None
+    return result
+
+
+def train_until(
+    config: TrainConfig, step: int, display: Display | None = None, *, announce: bool = True
+) -> TrainResult | None:
+    """As `train`, but a run that is not at its end after that step is saved, and None comes back.
+
+    With `config.resume`, the next call goes on from there, exactly as if there had been no pause;
+    it need not `announce` again what is trained on what.
     """
     keep_freed_memory()
     ranks = Ranks(config)
@@ -72,7 +86,7 @@ def train(config: TrainConfig, display: Display | None = None) -> TrainResult:
             resumed = ranks.in_turn(lambda: claim_folder(config, shown))
             machine = ranks.in_turn(lambda: choose_machine(config, shown.say))
             with machine.in_use():
-                result = _Run(config, shown, ranks, machine, resumed).run()
+                result = _Run(config, shown, ranks, machine, resumed).run(step, announce)
         ranks.close()
         return result
 
@@ -112,10 +126,10 @@ class _Run:
         )
         self._validation_batches()  # refuses a text that is too short before anything is trained
         torch.manual_seed(config.seed)
-        model_config = preset(
-            config.size, config.mixer, self.data.tokenizer.vocab_size, ffn_dim=config.ffn_dim
-        )
-        self.model = LanguageModel(model_config)
+        self.model = new_model(config, self.data.tokenizer, is_resumed=resumed is not None)
+        self.dropout = dropout(config, self.data.train.tokens.size)
+        self.model.set_dropout(self.dropout)
+        model_config = self.model.config
         if config.precision == "fp64":
             self.model.double()
         self.recipe = recipe_of(model_config.mixer)
@@ -126,12 +140,13 @@ class _Run:
             files.fill(self.model, resumed.weights, f"The checkpoint in {self.folder}")
             self.progress = Progress(**resumed.progress)
         ranks.prepare(self.model)
-        self.optimizer = make_optimizer(self.model, self.recipe, self.rate, decay)
+        self.optimizer = make_optimizer(self.model, self.recipe, self.rate, decay, config.optimizer)
         if resumed is not None:
             self.optimizer.load_state_dict(ranks.divided(resumed.optimizer, self.optimizer))
             if self.carry is not None:
                 self.carry.restore(self.model, config.batch_size, resumed.extra)
         self.files = RunFolder(config, self.progress)
+        self.instruments = RunInstruments(config, ranks)
         if machine.compile:
             compiles = compile_blocks(
                 self.model, self._kinds_of_batches(), display.say, must=resumed is not None
@@ -143,26 +158,27 @@ class _Run:
         ranks.on_main(lambda: self._begin_files(model_config, machine))
         start_trackers(ranks.accelerator, config)
 
-    def run(self) -> TrainResult:
-        """Steps to the end, or to an interrupt."""
+    def run(self, until: int, announce: bool) -> TrainResult | None:
+        """Steps to the end, to the step at which to pause, or to an interrupt."""
+        if announce:
+            self._announce()
         try:
-            return self._run()
+            return self._run(min(until, self.config.steps))
         except KeyboardInterrupt:
             raise Interrupted(f"Stopped at once; {self.files.how_to_go_on()}") from None
 
-    def _run(self) -> TrainResult:
+    def _run(self, until: int) -> TrainResult | None:
         config, progress = self.config, self.progress
         every = config.eval_every or max(1, config.steps // 10)
         save_every = config.save_every or every
         sample_every = every if config.sample_every is None else config.sample_every
-        self._announce()
         validation: Evaluation | None = None
         with (
             stop_on_signal(self.display.say, LAUNCHER_ECHO * (self.ranks.count > 1)) as stop,
             self.display.noted_task("Step", config.steps, progress.step) as show,
         ):
             note, is_due = "", False
-            while progress.step < config.steps and not self.ranks.any(stop.requested):
+            while progress.step < until and not self.ranks.any(stop.requested):
                 start = time.perf_counter()
                 batch = self.batches[progress.step]
                 loss, norm = self._step(batch)
@@ -187,8 +203,11 @@ class _Run:
                 show(progress.step, self._note(loss, num_bytes) + note)
             if progress.step < config.steps:
                 self._save(is_good=not progress.skipped_in_a_row)
+                if not self.ranks.any(stop.requested):
+                    return None
                 done = f"Saved after step {progress.step} of {config.steps}"
                 raise Interrupted(f"{done}; {self.files.how_to_go_on()}")
+        self.instruments.draw(self.model, self._validation_batches(), self.data.tokenizer)
         if validation is None:  # resumed when nothing was left to do
             validation = self._evaluate()
         return TrainResult(
@@ -205,9 +224,11 @@ class _Run:
             self.progress.step,
             steps=self.config.steps,
             warmup=self._warmup(),
-            final_fraction=self.recipe.final_fraction,
+            final_fraction=final_fraction(self.config),
+            schedule=self.config.schedule,
         )
         set_rate(self.optimizer, self.rate * factor)
+        seed_dropout(self.dropout, self.config.seed, self.progress.step)
         loss = self.ranks.forward_backward(
             batch, bf16=_is_bf16(self.config.precision), carry=self.carry
         )
@@ -261,7 +282,9 @@ class _Run:
                 f"The validation loss is not finite at step {progress.step:,}"
             )
         self._write_metrics(
-            validation_loss=result.loss, validation_bits_per_byte=result.bits_per_byte
+            validation_loss=result.loss,
+            validation_bits_per_byte=result.bits_per_byte,
+            **self.instruments.read(self.model, self._validation_batches()),
         )
         if progress.best_loss is None or result.loss < progress.best_loss:
             progress.best_loss = result.loss
@@ -316,8 +339,9 @@ class _Run:
             f"{config.mixer} {config.size}: {self.model.num_parameters():,} parameters, "
             f"{data.tokenizer.name} tokenizer ({data.tokenizer.vocab_size:,}), {data.name}: "
             f"{data.train.tokens.size:,} training tokens, "
-            f"{config.steps * config.batch_size * config.context / data.train.tokens.size:.2f} "
-            f"epochs, {torch.get_num_threads()} threads -> {self.folder}"
+            f"{epochs(config, data.train.tokens.size):.2f} epochs, "
+            f"{f'dropout {self.dropout:g}, ' if self.dropout else ''}"
+            f"{torch.get_num_threads()} threads -> {self.folder}"
         )
         if OPS[MIXERS[self.model.config.mixer].op].native and not native.is_available():
             self.display.say(f"The recurrence runs in plain PyTorch: {native.status()}.")
@@ -334,6 +358,11 @@ def _is_bf16(precision: str) -> bool:
 
 def train_command(config: TrainConfig) -> None:
     """Runs `ebb train` and prints how it ended."""
+    if config.find_lr:
+        from train.find_rate import find_rate_command  # it needs what stands above
+
+        find_rate_command(config)
+        return
     result = train(config)
     if not PartialState().is_main_process:
         return

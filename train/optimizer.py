@@ -1,6 +1,12 @@
-"""The optimiser."""
+"""The optimisers: AdamW for everything, or Muon for the hidden matrices and AdamW for the rest."""
+
+import math
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from model.initialization import parameter_groups
 from model.language_model import LanguageModel
@@ -8,18 +14,131 @@ from train.recipes import Recipe
 
 
 def make_optimizer(
-    model: LanguageModel, recipe: Recipe, learning_rate: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) with the model's own parameter groups, in one fused pass."""
-    return torch.optim.AdamW(
-        parameter_groups(model, learning_rate, weight_decay),
-        betas=recipe.betas,
-        eps=recipe.eps,
-        fused=True,
-    )
+    model: LanguageModel,
+    recipe: Recipe,
+    learning_rate: float,
+    weight_decay: float,
+    name: str = "adamw",
+) -> torch.optim.Optimizer:
+    """One of `train.config.OPTIMIZERS` over the model's own parameter groups.
+
+    AdamW (arXiv 1711.05101) runs in one fused pass.
+    """
+    groups = parameter_groups(model, learning_rate, weight_decay)
+    if name == "adamw":
+        return _adamw(groups, recipe)
+    assert name == "muon"
+    hidden = {id(weight) for weight in _hidden_matrices(model)}
+    apart = [
+        [
+            {**group, "params": chosen}
+            for group in groups
+            if (chosen := [p for p in group["params"] if (id(p) in hidden) is is_hidden])
+        ]
+        for is_hidden in (True, False)
+    ]
+    return MuonWithAdamW(Muon(apart[0], adjust_lr_fn="match_rms_adamw"), _adamw(apart[1], recipe))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Sets every group's rate to its own multiple of `rate`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
+
+
+class Muon(torch.optim.Muon):
+    """`torch.optim.Muon`, with the iteration in float32 on a CPU.
+
+    PyTorch's own rounds to bfloat16, which takes a hundred times as long on a CPU without units for
+    it, and makes the same run give other weights on the next machine.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch's is untyped
+        """The same update as PyTorch's, one matrix after the other."""
+        assert closure is None, "a step is taken with the gradients that are there"
+        for group in self.param_groups:
+            rate, momentum = group["lr"], group["momentum"]
+            a, b, c = group["ns_coefficients"]
+            assert group["nesterov"]
+            assert group["adjust_lr_fn"] == "match_rms_adamw"
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
+                average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+                update = orthogonalized(
+                    weight.grad.lerp(average, momentum), (a, b, c), group["ns_steps"], group["eps"]
+                )
+                weight.mul_(1 - rate * group["weight_decay"])
+                weight.add_(update, alpha=-rate * 0.2 * math.sqrt(max(weight.shape)))
+        return None
+
+
+def orthogonalized(
+    matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> Tensor:
+    """`U V^T` of `matrix = U S V^T`, roughly: all singular values come near 1.
+
+    Newton-Schulz: each step applies `a s + b s^3 + c s^5` to every singular value s (Jordan 2024,
+    kellerjordan.github.io/posts/muon). On a GPU it works in bfloat16, as PyTorch does, elsewhere in
+    the precision of the matrix.
+
+    Args:
+        matrix: `[M, N]`, of any scale.
+        coefficients: a, b, c.
+        steps: how often.
+        eps: the least norm to divide by.
+    """
+    a, b, c = coefficients
+    x = matrix.bfloat16() if matrix.is_cuda else matrix
+    x = x.T if (is_tall := x.shape[0] > x.shape[1]) else x
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.T if is_tall else x
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Two optimisers in one: it shows the groups of both, and saves and loads both."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        super().__init__(list(chain.from_iterable(part.param_groups for part in parts)), {})
+        self.parts = parts
+        self._share()
+
+    def _share(self) -> None:
+        """Lets the parts work on the groups and the state that are shown."""
+        first = 0
+        for part in self.parts:
+            last = first + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[first:last], self.state
+            first = last
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch's is untyped
+        """A step of each."""
+        assert closure is None, "a step is taken with the gradients that are there"
+        for part in self.parts:
+            part.step()
+        return None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `state_dict` gave it."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def _adamw(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, betas=recipe.betas, eps=recipe.eps, fused=True)
+
+
+def _hidden_matrices(model: LanguageModel) -> list[torch.nn.Parameter]:
+    """The weights of linear layers inside the blocks: neither embedding nor head."""
+    return [
+        parameter
+        for name, parameter in model.blocks.named_parameters()
+        if name.endswith(".weight") and parameter.dim() == 2
+    ]

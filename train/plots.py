@@ -1,4 +1,4 @@
-"""The two figures of a comparison."""
+"""The figures of a comparison."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,25 +8,66 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from train.figure import context_axis, panels, save, say_empty, set_title, styles, ticks
-from train.findings import equal_time, growing, leaders, overlap
-from train.readable import listed, readable_bytes, readable_count, readable_seconds, short_context
+from train.figure import (
+    context_axis,
+    panel_rows,
+    panels,
+    save,
+    say_empty,
+    set_title,
+    styles,
+    ticks,
+)
+from train.lengths_plot import save_lengths_plot
+from train.readable import listed, readable_flops, readable_seconds, short_context
+from train.report.chart import (
+    SKIPPED_START,
+    Chart,
+    bytes_text,
+    count_text,
+    estimates,
+    task_charts,
+    time_unit,
+)
+from train.report.outcomes import divergence, equal_time, finite, growing, leaders, overlap, scores
+from train.report.studies import length_studies
 
 LONGEST_TITLE = 51
 TRAINING = {"linewidth": 0.7, "alpha": 0.3, "zorder": 2}
-SKIPPED_START = 0.1
-"""The part of training that does not set the range of the loss axis: the first fall is steep."""
+
+
+def save_plots(results: dict[str, Any], folder: Path) -> list[str]:
+    """Every figure that these results have something for.
+
+    Returns:
+        Their names in the folder.
+    """
+    models = results["models"]
+    save_loss_plot(results, folder / "loss.png")
+    save_generation_plot(results, folder / "generation.png")
+    names = ["loss.png", "generation.png"]
+    if any(model.get("flops_per_token") for model in models):
+        save_compute_plot(results, folder / "compute.png")
+        names.insert(1, "compute.png")
+    studies = length_studies(models)
+    if len({study.context for study in studies.values()}) == 1:
+        save_lengths_plot(studies, folder / "lengths.png")
+        names.append("lengths.png")
+    if charts := task_charts(models):
+        save_charts(charts, [model["mixer"] for model in models], folder / "tasks.png")
+        names.append("tasks.png")
+    return names
 
 
 def save_loss_plot(results: dict[str, Any], path: Path) -> None:
     """Validation loss against tokens and against time, training loss pale behind it."""
     figure, (by_tokens, by_time) = panels([model["mixer"] for model in results["models"]])
     models = results["models"]
-    time_name, time_unit = _time_unit(models)
-    _draw_losses(by_tokens, models, "tokens", 1.0)
-    _draw_losses(by_time, models, "seconds", time_unit)
+    time_name, seconds = time_unit(models)
+    _draw_losses(by_tokens, models, "tokens", [1.0] * len(models))
+    _draw_losses(by_time, models, "seconds", [seconds] * len(models))
     by_tokens.set_xlabel("Training tokens")
-    by_tokens.xaxis.set_major_formatter(ticks(_count_text))
+    by_tokens.xaxis.set_major_formatter(ticks(count_text))
     by_time.set_xlabel(f"Training time ({time_name})")
     by_tokens.set_ylabel("Loss (nats per token)")
     left, right = _loss_titles(results)
@@ -36,7 +77,55 @@ def save_loss_plot(results: dict[str, Any], path: Path) -> None:
     note = "Thick: validation loss. Thin: training loss." if has_training else "Validation loss."
     if any(len(model["runs"]) > 1 for model in models):
         note += " One line for each seed; training loss of the first."
+    if any(divergence(run) for model in models for run in model["runs"]):
+        note += " ×: diverged."  # noqa: RUF001 - the cross that is drawn
     save(figure, note, path)
+
+
+def save_compute_plot(results: dict[str, Any], path: Path) -> None:
+    """Loss against the FLOPs of training, and bits per byte with the interval over seeds."""
+    models = results["models"]
+    figure, (by_flops, final) = panels([model["mixer"] for model in models])
+    known = [m if m.get("flops_per_token") else {**m, "runs": []} for m in models]
+    _draw_losses(by_flops, known, "tokens", [1 / (m.get("flops_per_token") or 1) for m in models])
+    by_flops.set_xlabel("Training compute (FLOPs)")
+    by_flops.xaxis.set_major_formatter(ticks(readable_flops))
+    by_flops.set_ylabel("Loss (nats per token)")
+    set_title(by_flops, "Loss by compute")
+    set_title(final, "Bits per byte, lower is better")
+    found = estimates(models)
+    rows = sorted(found.rows, key=lambda row: -row[1]) if found else []
+    colors = [style["color"] for style, _ in zip(styles(), models, strict=False)]
+    for place, (mixer, mean, margin) in enumerate(rows):
+        final.errorbar(mean, place, xerr=margin, color=colors[mixer], marker="o", capsize=3)
+    final.set_yticks(range(len(rows)), [models[mixer]["mixer"] for mixer, *_ in rows])
+    final.set_ylim(-0.7, max(len(rows), 1) - 0.3)
+    final.xaxis.set_major_locator(MaxNLocator(5))
+    save(figure, found.note if found else "", path)
+
+
+def save_charts(charts: Sequence[Chart], names: Sequence[str], path: Path) -> None:
+    """Charts of the HTML report, two in a row."""
+    figure, every = panel_rows(names, math.ceil(len(charts) / 2))
+    for axes in every[len(charts) :]:
+        axes.set_axis_off()
+    for axes, chart in zip(every, charts, strict=False):
+        lines = {line.mixer: line for line in chart.lines}
+        for mixer, style in zip(range(len(names)), styles(), strict=False):
+            if mixer in lines:
+                x, y = zip(*lines[mixer].points, strict=True)
+                axes.plot(x, y, **style, linewidth=2, marker="o", markersize=5)
+        if chart.x.log:
+            context_axis(axes, [int(tick) for tick in chart.x.ticks])
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if chart.y.limits is not None:
+            low, high = chart.y.limits
+            axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+        axes.set_xlabel(chart.x.label)
+        axes.set_ylabel(chart.y.label)
+        set_title(axes, chart.title)
+    save(figure, "", path)
 
 
 def save_generation_plot(results: dict[str, Any], path: Path) -> None:
@@ -75,7 +164,7 @@ def save_growth_plot(models: list[dict[str, Any]], labels: Labels, path: Path) -
             y = [point[key] for point in points]
             axes.plot(x, y, **style, linewidth=2, marker="o", markersize=5, markeredgecolor="white")
     _log_axis(time, _values(models, ("ms_per_token", "low", "high")), "{:,g}".format)
-    _log_axis(memory, _values(models, ("state_bytes",)), _bytes_text)
+    _log_axis(memory, _values(models, ("state_bytes",)), bytes_text)
     for axes in (time, memory):
         context_axis(axes, contexts)
         axes.set_xlabel(labels.x)
@@ -88,16 +177,24 @@ def save_growth_plot(models: list[dict[str, Any]], labels: Labels, path: Path) -
     )
 
 
-def _draw_losses(axes: Axes, models: list[dict[str, Any]], x: str, unit: float) -> None:
+def _draw_losses(axes: Axes, models: list[dict[str, Any]], x: str, units: Sequence[float]) -> None:
+    """A run that diverged is drawn as far as it came, and does not set the range of the axis."""
     shown: list[float] = []
-    for model, style in zip(models, styles(), strict=False):
+    diverged: list[float] = []
+    ends: list[tuple[float, float, str]] = []
+    for model, unit, style in zip(models, units, styles(), strict=False):
         thick = 2.0 if len(model["runs"]) == 1 else 1.3
         for number, run in enumerate(model["runs"]):
+            failed = divergence(run) is not None
+            kept = diverged if failed else shown
             if number == 0:
                 late = _draw_curve(axes, run["curve"], x, unit, style | TRAINING)
-                shown += late[:1] if len(run["validation_curve"]) > 1 else late
+                kept += late[:1] if len(run["validation_curve"]) > 1 else late
             validation = style | {"linewidth": thick, "zorder": 3}
-            shown += _draw_curve(axes, run["validation_curve"], x, unit, validation)
+            kept += _draw_curve(axes, run["validation_curve"], x, unit, validation)
+            if failed and (end := _end(run, x)) is not None:
+                ends.append((end[0] / unit, end[1], style["color"]))
+    shown = shown or diverged
     if not shown:
         say_empty(axes, "no loss was recorded")
         return
@@ -105,15 +202,24 @@ def _draw_losses(axes: Axes, models: list[dict[str, Any]], x: str, unit: float) 
     pad = max(0.05 * (high - low), 0.01 * abs(low), 1e-6)
     axes.set_ylim(low - pad, high + pad)
     axes.set_xlim(left=0)
+    for at, loss, color in ends:  # where it broke off, or above that at the edge
+        place = min(max(loss, low), high)
+        axes.plot(at, place, color=color, marker="x", markersize=8, markeredgewidth=2, zorder=4)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.ticklabel_format(axis="y", useOffset=False)
+
+
+def _end(run: dict[str, Any], x: str) -> tuple[float, float] | None:
+    """The last point of a run that has a loss."""
+    points = [p for p in [*run["validation_curve"], *run["curve"]] if finite(p["loss"])]
+    return max(((float(p[x]), float(p["loss"])) for p in points), default=None)
 
 
 def _draw_curve(
     axes: Axes, points: list[dict[str, Any]], x: str, unit: float, style: dict[str, Any]
 ) -> list[float]:
     """Draws what is finite; returns the losses after the first steep fall, the lowest first."""
-    points = [point for point in points if math.isfinite(point["loss"])]
+    points = [point for point in points if finite(point["loss"])]
     mark: dict[str, Any] = {"marker": "o", "markersize": 4} if len(points) == 1 else {}
     at = [point[x] / unit for point in points]
     losses = [float(point["loss"]) for point in points]
@@ -121,24 +227,16 @@ def _draw_curve(
     return sorted(y for y, t in zip(losses, at, strict=True) if t >= SKIPPED_START * at[-1])
 
 
-def _time_unit(models: list[dict[str, Any]]) -> tuple[str, float]:
-    longest = max((run["seconds"] for model in models for run in model["runs"]), default=0.0)
-    if longest < 300:
-        return "seconds", 1.0
-    return ("minutes", 60.0) if longest < 3 * 3600 else ("hours", 3600.0)
-
-
 def _loss_titles(results: dict[str, Any]) -> tuple[str, str]:
     models = results["models"]
-    finals = {m["mixer"]: [run["validation_bits_per_byte"] for run in m["runs"]] for m in models}
-    finals = {mixer: v for mixer, v in finals.items() if all(map(math.isfinite, v))}
+    finals = scores(models)
     if len(models) == 1 or not finals:
         return "Validation loss by tokens", "Validation loss by time"
     equal = equal_time(results)
     by_time = "Validation loss by time"
     if equal is not None:
         found = _winners(leaders(equal.values), len(equal.values), "lowest")
-        by_time = f"After an equal {readable_seconds(equal.seconds)}, {found}"
+        by_time = f"After an equal {readable_seconds(equal.amount)}, {found}"
     return f"After all tokens, {_winners(leaders(finals), len(finals), 'lowest')}", by_time
 
 
@@ -169,17 +267,6 @@ def _log_axis(axes: Axes, values: list[float], text: Callable[[float], str]) -> 
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(ticks(text))
-
-
-def _count_text(count: float) -> str:
-    """`200k`, `1.5M`."""
-    number, _, unit = readable_count(count).partition(" ")
-    return f"{float(number.replace(',', '')):g}{unit}"
-
-
-def _bytes_text(count: float) -> str:
-    """`3 MB`, where a text would have `3.0 MB`."""
-    return readable_bytes(count).replace(".0 ", " ")
 
 
 def _generation_titles(models: list[dict[str, Any]], contexts: list[int]) -> tuple[str, str]:

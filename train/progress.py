@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -35,22 +36,53 @@ class Display:
             TimeRemainingColumn(compact=True),  # a note of full length just fits 80 columns
             TextColumn("left"),
             console=self.console,
-            transient=True,
             disable=not self._is_live,
+        )
+        self._tables: list[Any] = []
+        self._name = ""
+        self._live = Live(
+            get_renderable=lambda: Group(*self._tables, self._progress),
+            console=self.console,
+            transient=True,
         )
 
     def __enter__(self) -> Self:
         """Starts the live display."""
-        self._progress.start()
+        if self._is_live:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Takes the live display away."""
-        self._progress.stop()
+        self._live.stop()
 
     def say(self, text: str, style: str | None = None) -> None:
         """A line above the bars, broken only on a terminal; the text is never read as markup."""
-        self.console.print(escape(text), style=style, soft_wrap=not self._is_live)
+        line = f"{self._name}: {text}" if self._name else text
+        self.console.print(escape(line), style=style, soft_wrap=not self._is_live)
+
+    @contextmanager
+    def named(self, name: str) -> Iterator[None]:
+        """Every line and bar is about what is called so."""
+        before, self._name = self._name, name
+        try:
+            yield
+        finally:
+            self._name = before
+
+    @contextmanager
+    def table(self, table: Any) -> Iterator[None]:
+        """Something that rich can draw, above the bars and drawn anew all the time."""
+        self._tables.append(table)
+        try:
+            yield
+        finally:
+            self._tables.remove(table)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether there are bars and tables, or plain lines."""
+        return self._is_live
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:

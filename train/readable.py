@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from statistics import fmean, stdev
+
+from train.intervals import interval
 
 
 def readable_bytes(count: float) -> str:
@@ -44,11 +45,17 @@ def three_digits(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
-def mean_and_deviation(values: Sequence[float], digits: int = 3) -> str:
-    """`1.412` for one value, `1.412 ± 0.003` for several."""
-    text = f"{fmean(values):.{digits}f}"
-    finite = all(math.isfinite(value) for value in values)
-    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 and finite else text
+def with_margin(values: Sequence[float], digits: int = 3) -> str:
+    """`1.412` for one value, `1.412 ± 0.003` with the 95 % interval of the mean for several."""
+    mean, margin = interval(values)
+    text = f"{mean:.{digits}f}"
+    return text if margin is None else f"{text} ± {margin:.{digits}f}"
+
+
+def readable_flops(flops: float) -> str:
+    """`1.23e14`, as budgets are written."""
+    number, _, power = f"{flops:.2e}".partition("e")
+    return f"{float(number):g}e{int(power)}" if flops >= 1000 else f"{flops:g}"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -1,8 +1,11 @@
 """What a comparison found, measured on the trained models: the content of `results.json`."""
 
 import dataclasses
+import itertools
 import platform
 import shlex
+import statistics
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,81 +16,59 @@ from model.config import ModelConfig
 from model.language_model import LanguageModel
 from train import benchmark
 from train import checkpoint as files
+from train.budget import Budget
 from train.config import CompareConfig
+from train.flops import training_flops_per_token
+from train.lengths import study_lengths, study_size
 from train.loop import TrainResult
 from train.metrics import read_metrics
 from train.prepare import PreparedData
 from train.progress import Display
 from train.sampling import sample_text
+from train.tuning import Trial, best_rate
+from train.turns import Divergence, Outcome
 
 TRAINING_ROUNDS = 8
 DECODED_TOKENS = 80
+FEWEST_SPANS = 2
+"""Of the longest windows, where the text holds them: one alone gives no margin."""
+
+Outcomes = dict[str, list[tuple[int, Outcome]]]
+"""By mixer, the seeds with what came of them."""
 
 
 def training_speeds(
     config: CompareConfig, shapes: dict[str, ModelConfig], rounds: int, show: Any
 ) -> dict[str, benchmark.Measurement]:
     """Tokens/s of fresh models of these shapes, measured in turn; `show` gets the steps done."""
-    done = 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        show(done)
-
     return benchmark.measure_training(
         {name: LanguageModel(shape) for name, shape in shapes.items()},
         context=config.context,
         batch_size=config.batch_size,
         rounds=rounds,
-        advance=advance,
+        advance=_counting(show),
     )
 
 
 def measure(
     config: CompareConfig,
     shapes: dict[str, ModelConfig],
-    steps: int,
-    runs: dict[str, list[tuple[int, TrainResult]]],
+    plan: dict[str, Any],
+    runs: Outcomes,
     data: PreparedData,
     display: Display,
 ) -> dict[str, Any]:
-    """Everything that `results.json` holds."""
+    """Everything that `results.json` holds; `plan` is what `comparison.json` does."""
     with display.task("Measuring training", (TRAINING_ROUNDS + 1) * len(shapes)) as show:
         speeds = training_speeds(config, shapes, TRAINING_ROUNDS, show)
-    trained = {name: files.load_checkpoint(made[0][1].folder).model for name, made in runs.items()}
-    done = 0
+    trained = {name: _first_trained(made) for name, made in runs.items()}
+    models = {
+        name: LanguageModel(shapes[name]) if model is None else model
+        for name, model in trained.items()
+    }
     with display.task("Measuring generation", len(config.lengths) * len(shapes)) as show:
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            show(done)
-
         decoding = benchmark.measure_decoding(
-            trained, contexts=config.lengths, tokens=DECODED_TOKENS, advance=advance
-        )
-    models = []
-    for name, model in trained.items():
-        text = sample_text(model, data.tokenizer, tokens=120, seed=0, prompt=config.prompt)
-        models.append(
-            {
-                "mixer": name,
-                "parameters": model.num_parameters(),
-                "ffn_dim": shapes[name].ffn_dim,
-                "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-                "runs": [_run_record(seed, result, config.folder) for seed, result in runs[name]],
-                "training_speed": _spread("tokens_per_second", speeds[name]),
-                "generation": [
-                    {
-                        "context": point.context,
-                        **_spread("ms_per_token", point.milliseconds),
-                        "state_bytes": point.state_bytes,
-                    }
-                    for point in decoding[name]
-                ],
-                "sample": {"prompt": config.prompt, "text": text.removeprefix(config.prompt)},
-            }
+            models, contexts=config.lengths, tokens=DECODED_TOKENS, advance=_counting(show)
         )
     return {
         "format": 1,
@@ -95,9 +76,9 @@ def measure(
             **config.to_dict(),
             "mixers": config.names,
             "contexts": config.lengths,
-            "steps": steps,
+            "steps": max(plan["steps"].values()),
             "seeds": list(range(config.seeds)),
-            "command": _command(config, steps),
+            "command": _command(config, plan["steps"]),
         },
         "machine": {
             "processor": platform.processor() or platform.machine(),
@@ -112,21 +93,97 @@ def measure(
             "train_tokens": int(data.train.tokens.size),
             "validation_tokens": int(data.validation.tokens.size),
         },
-        "models": models,
+        "models": [
+            {
+                "mixer": name,
+                "parameters": model.num_parameters(),
+                "ffn_dim": shapes[name].ffn_dim,
+                "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+                "steps": plan["steps"][name],
+                "learning_rate": best_rate(name, trials_of(plan, name)),
+                "tuning": plan["tuning"] and plan["tuning"][name],
+                "flops_per_token": training_flops_per_token(shapes[name], config.context),
+                "runs": [_run_record(seed, result, config.folder) for seed, result in runs[name]],
+                "training_speed": _spread("tokens_per_second", speeds[name]),
+                "generation": [
+                    {
+                        "context": point.context,
+                        **_spread("ms_per_token", point.milliseconds),
+                        "state_bytes": point.state_bytes,
+                        "peak_memory_bytes": point.peak_memory_bytes,
+                    }
+                    for point in decoding[name]
+                ],
+                "lengths": None
+                if trained[name] is None
+                else _lengths(config, name, model, data, display),
+                "sample": {
+                    "prompt": config.prompt,
+                    "text": "" if trained[name] is None else _sample(config, model, data),
+                },
+                "tasks": None,
+            }
+            for name, model in models.items()
+        ],
     }
 
 
-def _run_record(seed: int, result: TrainResult, folder: Path) -> dict[str, Any]:
-    lines = read_metrics(result.folder / files.METRICS)
+def trials_of(plan: dict[str, Any], name: str) -> list[Trial]:
+    """The learning rates that were tried with a mixer; none where it was not asked for."""
+    return [Trial(**trial) for trial in (plan["tuning"] or {}).get(name, [])]
+
+
+def _first_trained(made: list[tuple[int, Outcome]]) -> LanguageModel | None:
+    """The model of the first seed that did not diverge; None if all did."""
+    for _, outcome in made:
+        if isinstance(outcome, TrainResult):
+            return files.load_checkpoint(outcome.folder).model
+    return None
+
+
+def _sample(config: CompareConfig, model: LanguageModel, data: PreparedData) -> str:
+    text = sample_text(model, data.tokenizer, tokens=120, seed=0, prompt=config.prompt)
+    return text.removeprefix(config.prompt)
+
+
+def _lengths(
+    config: CompareConfig,
+    name: str,
+    model: LanguageModel,
+    data: PreparedData,
+    display: Display,
+) -> dict[str, Any] | None:
+    """The `LengthStudy` of one model on the start of the validation text, as plain values."""
+    if config.extrapolate == 0:
+        return None
+    wanted = max(config.eval_tokens, FEWEST_SPANS * config.extrapolate * config.context) + 1
+    tokens = data.validation.tokens[:wanted]
+    size = study_size(tokens.size, config.context, config.extrapolate)
+    with display.task(f"Longer contexts, {name}", size) as show:
+        study = study_lengths(
+            model,
+            tokens,
+            context=config.context,
+            end_id=data.tokenizer.end_id,
+            longest=config.extrapolate,
+            progress=show,
+        )
+    return dataclasses.asdict(study)
+
+
+def _run_record(seed: int, outcome: Outcome, folder: Path) -> dict[str, Any]:
+    lines = read_metrics(outcome.folder / files.METRICS)
+    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
     common = ("tokens", "seconds")
-    return {
+    record = {
         "seed": seed,
-        "folder": result.folder.relative_to(folder).as_posix(),
-        "validation_loss": result.validation.loss,
-        "validation_bits_per_byte": result.validation.bits_per_byte,
-        "tokens": result.tokens,
-        "seconds": lines[-1]["seconds"],
-        "tokens_per_second": result.tokens_per_second,
+        "folder": outcome.folder.relative_to(folder).as_posix(),
+        "validation_loss": None,
+        "validation_bits_per_byte": None,
+        "tokens": lines[-1]["tokens"] if lines else 0,
+        "seconds": lines[-1]["seconds"] if lines else 0.0,
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "diverged": None,
         "curve": [
             {**{key: line[key] for key in common}, "loss": line["loss"]}
             for line in lines
@@ -142,16 +199,31 @@ def _run_record(seed: int, result: TrainResult, folder: Path) -> dict[str, Any]:
             if "validation_loss" in line
         ],
     }
+    if isinstance(outcome, Divergence):
+        return record | {"diverged": {"step": outcome.step, "reason": outcome.reason}}
+    return record | {
+        "validation_loss": outcome.validation.loss,
+        "validation_bits_per_byte": outcome.validation.bits_per_byte,
+    }
+
+
+def _counting(show: Callable[[int], None]) -> Callable[[], None]:
+    """Tells `show` how often it was called."""
+    done = itertools.count(1)
+    return lambda: show(next(done))
 
 
 def _spread(name: str, measurement: benchmark.Measurement) -> dict[str, float]:
     return {name: measurement.median, "low": measurement.low, "high": measurement.high}
 
 
-def _command(config: CompareConfig, steps: int) -> str:
-    """What repeats the comparison: with the steps that were taken, whatever the budget was."""
+def _command(config: CompareConfig, steps: dict[str, int]) -> str:
+    """What repeats the comparison: a time stands as the steps that it came to."""
+    settings = config.to_dict()
+    if Budget.parse(config.budget).unit == "seconds":
+        (every,) = set(steps.values())
+        settings["budget"] = f"{every}-steps"
     parts = ["ebb", "compare"]
-    settings = {**config.to_dict(), "budget": f"{steps}-steps"}
     for field in dataclasses.fields(CompareConfig):
         if field.name in settings and settings[field.name] != field.default:
             parts += [f"--{field.name.replace('_', '-')}", str(settings[field.name])]

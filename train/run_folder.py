@@ -23,6 +23,20 @@ from train.snapshot import (
 )
 
 
+class Diverged(ValueError):  # noqa: N818  # what a run came to, beside being an error
+    """A run has come to nothing; the message says what to do.
+
+    Args:
+        step: where it stopped.
+        reason: in a few words.
+        advice: the rest of the message.
+    """
+
+    def __init__(self, step: int, reason: str, advice: str) -> None:
+        super().__init__(f"{reason}; {advice}")
+        self.step, self.reason = step, reason
+
+
 class RunFolder:
     """The folder of one run, as the process that trains it writes it.
 
@@ -118,7 +132,7 @@ class RunFolder:
         """Says that a step was skipped, if it is the first in a row.
 
         Raises:
-            ValueError: if there are too many in a row.
+            Diverged: if there are too many in a row.
         """
         progress, most = self._progress, self._config.max_skipped
         if progress.skipped_in_a_row == 1:
@@ -132,7 +146,7 @@ class RunFolder:
                 f"{progress.step:,}, and not applied"
             )
 
-    def diverged(self, what: str) -> ValueError:
+    def diverged(self, what: str) -> Diverged:
         """The error that ends a run which has come to nothing; the last good weights are kept."""
         progress, kept = self._progress, "nothing had been saved yet"
         if progress.good_step == progress.step - progress.skipped_in_a_row:
@@ -143,7 +157,9 @@ class RunFolder:
                 progress.good_step = before
         if progress.good_step is not None:
             kept = f"the weights of step {progress.good_step:,} are kept"
-        return ValueError(
-            f"{what}; {kept}. Start afresh with a lower --learning-rate, a longer --warmup or a "
-            "smaller --clip."
+        return Diverged(
+            progress.step,
+            what,
+            f"{kept}. Start afresh with a lower --learning-rate, a longer --warmup or a smaller "
+            "--clip.",
         )

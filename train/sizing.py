@@ -8,10 +8,8 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 
-import torch
-
 from model.config import SIZES, ModelConfig
-from model.language_model import LanguageModel
+from model.language_model import shapes_only
 from model.presets import complete
 from train.readable import readable_bytes, readable_count
 
@@ -36,7 +34,7 @@ class Machine:
 
 
 MACHINES = (
-    Machine("2 cores", 1, 315e9, 0.42),  # measured: `ebb bench train`
+    Machine("2 cores", 1, 423e9, 0.47),  # measured: `ebb bench train`
     Machine("1 GPU", 1, 989e12, 0.15),  # NVIDIA's data sheet of the H100 SXM, dense bfloat16
     Machine("8 GPUs", 8, 989e12, 0.15),
     Machine("64 GPUs", 64, 989e12, 0.12),
@@ -82,8 +80,7 @@ class Sizing:
 
 def sizing(name: str, config: ModelConfig) -> Sizing:
     """Of a shape; nothing is allocated."""
-    with torch.device("meta"):
-        model = LanguageModel(config)
+    model = shapes_only(config)
     parameters = model.num_parameters()
     embedding = model.embedding.weight.numel()
     return Sizing(name, parameters, parameters - embedding, config.num_layers, config.d_model)

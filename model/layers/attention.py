@@ -241,12 +241,13 @@ class Attention(Layer):
         `length [B, T]` is t, the tokens of its document that each token sees.
         """
         assert self.feature_map is not None
-        q, k = (
-            self.feature_map.features(x.to(matrix.dtype) * self.head_dim**-0.25) for x in (q, k)
-        )
+        q, k = (x.to(matrix.dtype) * self.head_dim**-0.25 for x in (q, k))
+        if (order := self.options.order) is not None:
+            # Its root before the features, which are products of p elements: the op's weights are
+            # then those of the score, and q is narrower than its features.
+            factor = polynomial_factor(order, length.to(matrix.dtype))
+            q = q * factor.pow(1 / order)[:, :, None, None]
+        q, k = self.feature_map.features(q), self.feature_map.features(k)
         normalizer = {"normalize": True, "eps": self.score.eps} if self.score.normalizes else {}
         o, matrix = context.run("additive", q, k, v, initial_state=matrix, **normalizer)
-        if self.options.order is not None:
-            factor = polynomial_factor(self.options.order, length.to(matrix.dtype))
-            o = (o * factor[:, :, None, None]).to(v.dtype)
         return o, matrix

@@ -1,6 +1,5 @@
 """What every layer is, and what a forward pass hands to it."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,12 +24,14 @@ class Context:
     v_first: Tensor | None = None
     """`[B, T, D]`, set by the first layer: the values that RWKV-7's other layers lean towards."""
     observe: Callable[[str, dict[str, Any]], None] | None = None
-    """Called with the name of every op that runs, and its keyword arguments; changes nothing."""
+    """Called with the name of every op that runs, and its arguments by name; changes nothing."""
 
     def run(self, op: str, *args: Any, **kwargs: Any) -> Any:
         """An op of `model.ops.OPS` in this pass's form, with this pass's resets."""
         if self.observe is not None:
-            self.observe(op, kwargs)
+            names = ("q", "k", "v")[-len(args) :]  # wkv4 has no q
+            named = dict(zip(names, args, strict=True))
+            self.observe(op, {**named, **kwargs, "reset": self.reset})
         return OPS[op].form(self.form)(*args, reset=self.reset, **kwargs)
 
 
@@ -84,14 +85,14 @@ class Layer(nn.Module):
     def initialize(self, layer: int, num_layers: int) -> None:
         """Draws the weights of layer number `layer` of `num_layers`; gradients are off.
 
-        Unless a layer has values of its own, GPT-2's: matrices normal with 0.02, those into the
-        residual stream (`output`, `down`) with 1 / sqrt(2 layers) of that; the rest as it is.
+        Unless a layer has values of its own: matrices normal with 0.02, as in GPT-2; those into the
+        residual stream (`output`, `down`) zero, so that a new block is the identity, as in RWKV and
+        in Fixup (arXiv 1901.09321); the rest as it is.
         """
         for name, parameter in self.named_parameters():
             if name.endswith(".weight") and parameter.dim() == 2:
                 into_residual = name in ("output.weight", "down.weight")
-                shrink = math.sqrt(2 * num_layers) if into_residual else 1.0
-                nn.init.normal_(parameter, std=0.02 / shrink)
+                nn.init.normal_(parameter, std=0.0 if into_residual else 0.02)
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:

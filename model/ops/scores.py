@@ -43,6 +43,9 @@ class Score:
     exact: bool = False
     """Whether a feature map makes the same of a state of constant size."""
     hidden: float = 0.0
+    divisor: Rule | None = None
+    """What the weights of a row are divided by, less `eps`, `[B, H, R, 1]`, where that can come
+    near zero: a dangerous place, worth a look. None for other scores."""
 
     def __call__(self, scores: Tensor, visible: Tensor) -> Tensor:
         """The weights `[B, H, R, n]` of scores `[B, H, R, n]`; visible `[B or 1, 1, R, n]` bool."""
@@ -137,6 +140,7 @@ def over_sum(name: str, eps: float = EPS) -> Score:
         normalizes=True,
         eps=eps,
         exact=name == "square_l1",
+        divisor=_sum_of(OVER_SUM[name]),
     )
 
 
@@ -190,6 +194,15 @@ def _over_sum(function: Callable[[Tensor], Tensor], eps: float) -> Rule:
         return weights / (weights.sum(dim=-1, keepdim=True) + eps)
 
     return rule
+
+
+def _sum_of(function: Callable[[Tensor], Tensor]) -> Rule:
+    """`sum f(s)` over what is visible, `[B, H, R, 1]`."""
+
+    def divisor(scores: Tensor, visible: Tensor) -> Tensor:
+        return function(scores).masked_fill(~visible, 0.0).sum(dim=-1, keepdim=True)
+
+    return divisor
 
 
 def _softmax(scores: Tensor, visible: Tensor) -> Tensor:
@@ -258,6 +271,7 @@ SCORES = {
         "arXiv 2402.18668",
         normalizes=True,
         exact=True,
+        divisor=_sum_of(_taylor),
     ),
     "entmax": entmax(),
     "sparsemax": Score(
@@ -273,6 +287,7 @@ SCORES = {
         "arXiv 2504.20966",
         normalizes=False,
         eps=EPS,
+        divisor=_sum_of(lambda scores: torch.expm1(scores).abs()),
     ),
 }
 """All scores by name, those with a parameter with its default: `polynomial` of order 3, `entmax` of

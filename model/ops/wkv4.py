@@ -116,23 +116,39 @@ def parallel_wkv4(
     output_dtype = v.dtype
     k, v, w, u, state = prepare(k, v, log_decay, bonus, reset, initial_state)
     index = torch.arange(k.shape[1], device=k.device)
-    passed = index[:, None] - index - 1
-    own = torch.eye(len(index), dtype=torch.bool, device=k.device)[..., None]
-    logits = k[:, None] + torch.where(own, u, passed[..., None] * w)
     from_state = state.max[:, None] + index[:, None] * w
-    hidden = (passed < -1)[None]
     if reset is not None:
-        document = reset.cumsum(dim=1)
-        hidden = hidden | (document[:, :, None] != document[:, None])
-        from_state = from_state.masked_fill((document > 0)[..., None], -torch.inf)
-    logits = torch.cat(
-        [from_state[:, :, None], logits.masked_fill(hidden[..., None], -torch.inf)], dim=2
-    )
+        from_state = from_state.masked_fill((reset.cumsum(dim=1) > 0)[..., None], -torch.inf)
+    logits = torch.cat([from_state[:, :, None], _logits(k, w, u, reset)], dim=2)
     weights = _exp(logits - logits.detach().amax(dim=2, keepdim=True), v.dtype)
     num = torch.cat([state.num[:, None], v], dim=1)
     den = torch.cat([state.den[:, None], torch.ones_like(v)], dim=1)
     o = (weights * num[:, None]).sum(dim=2) / (weights * den[:, None]).sum(dim=2)
     return o.to(output_dtype), _final_state(k, v, w, reset, state)
+
+
+def wkv4_weights(
+    k: Tensor, *, log_decay: Tensor, bonus: Tensor, reset: Tensor | None = None
+) -> Tensor:
+    """What each token takes of the values of all, from an empty state: float64 `[B, D, T, T]`.
+
+    `o_i = sum_j weights_ij v_j` in every channel. Arguments and errors as `recurrent_wkv4`.
+    """
+    k, _, w, u, _ = prepare(k, k, log_decay, bonus, reset, None)
+    return _logits(k, w, u, reset).softmax(dim=2).permute(0, 3, 1, 2)
+
+
+def _logits(k: Tensor, w: Tensor, u: Tensor, reset: Tensor | None) -> Tensor:
+    """Of what each token sees of all tokens, `[B, T, T, D]`; -inf is hidden."""
+    index = torch.arange(k.shape[1], device=k.device)
+    passed = index[:, None] - index - 1
+    own = torch.eye(len(index), dtype=torch.bool, device=k.device)[..., None]
+    logits = k[:, None] + torch.where(own, u, passed[..., None] * w)
+    hidden = (passed < -1)[None]
+    if reset is not None:
+        document = reset.cumsum(dim=1)
+        hidden = hidden | (document[:, :, None] != document[:, None])
+    return logits.masked_fill(hidden[..., None], -torch.inf)
 
 
 def chunked_wkv4(

@@ -15,11 +15,12 @@ import torch
 import tyro
 from runs import ebb, only_line
 
+from model.config import parse_size
 from model.language_model import LanguageModel
 from model.ops import OPS, native
 from train.bench import command, machine, memory
 from train.bench.command import BenchConfig, jobs_of
-from train.bench.contenders import parse_size, shape_of
+from train.bench.contenders import shape_of
 from train.bench.growth import save_growth_plots
 from train.bench.machine import Machine
 from train.bench.rows import Row, cells
@@ -266,7 +267,7 @@ def test_ctrl_c_leaves_no_process_behind(capsys, monkeypatch):
         (["fly"], "there is no task 'fly'; choose one of ops, train, prefill, decode, or none"),
         (["train", "--mixers", "mamba9"], "there is no mixer 'mamba9'; choose one of "),
         (["train", "--mixers", "gla,gla"], "mixers must be different, but are 'gla,gla'"),
-        (["train", "--size", "4x100"], "size must be nano, micro, tiny, small, or layers and "),
+        (["train", "--size", "4x100"], "there is no size '4x100'; choose one of nano, "),
         (["train", "--context", "1k,x"], "contexts must be numbers such as 128 or 4k, but one"),
         (["train", "--weights", "int8"], "weights has no effect on train: leave it out"),
         (["decode", "--batch-size", "2"], "batch-size has no effect on decode: leave it out"),

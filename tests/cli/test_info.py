@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from runs import TINY, ebb, write_text
+from runs import TINY, ebb, only_line, write_text
 from safetensors.torch import load_file
 
 from model import state as states
@@ -122,3 +122,32 @@ def test_the_state_is_a_line_in_the_context(mixer):
     model = LanguageModel(preset("micro", mixer, 2))
     _, state = model.features(torch.zeros(1, 50, dtype=torch.long))
     assert states.num_bytes(state) == len(model.blocks) * size.at(50)
+
+
+def test_instruments_of_a_checkpoint(shop, capsys):
+    """A row for each layer, and two plots in the folder, beside another model if there is one."""
+    report = read(capsys, shop / "retnet", "--instruments", "--beside", shop / "attention")
+    (rows,) = (value for name, value in report.items() if name.startswith("instruments"))
+    assert [row["layer"] for row in rows] == [0, 1, 2, 3]
+    names = ["attention_norm", "attention_entropy", "attention_span", "state_norm", "state_rank"]
+    assert [*rows[0]] == ["layer", *names, "half_life", "gradient_norm"]
+    assert all(float(value.replace(",", "")) >= 0 for row in rows for value in [*row.values()][1:])
+    plots = [shop / "retnet" / name for name in ("attention.png", "instruments.png")]
+    assert [*report["plots"].values()] == [str(path) for path in plots]
+    beside = plots[0].read_bytes()
+    assert ebb("info", shop / "retnet", "--instruments") == 0
+    assert "gradient" in capsys.readouterr().out
+    assert plots[0].read_bytes() != beside
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in plots)
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        (["--instruments"], "instruments need a checkpoint to read"),
+        (["retnet", "--beside", "attention"], "beside is of the plots of --instruments"),
+    ],
+)
+def test_instruments_without_what_they_need(shop, capsys, args, problem):
+    assert ebb("info", *args) == 2
+    assert problem in only_line(capsys.readouterr().err)

@@ -96,4 +96,9 @@ def test_its_mixer_is_proven_trained_and_compared(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", README))
 def test_every_link_leads_somewhere(link):
-    assert (ROOT / link).exists()
+    path, _, heading = link.partition("#")
+    assert (ROOT / path).exists()
+    if heading:
+        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+        titles = [line.lstrip("# ") for line in lines if line.startswith("#")]
+        assert heading in ["-".join(re.findall(r"[\w-]+", t.lower())) for t in titles]

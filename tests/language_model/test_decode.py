@@ -81,7 +81,8 @@ def test_the_native_step_is_that_of_the_rounded_model(mixer, shape, weights):
     shapes = SHAPES[shape]
     if shape == "nothing even" and mixer in ("gla", "retnet", "mamba2"):
         shapes = {"vocab_size": 37, **EVEN}
-    config = small_config(mixer, **shapes)
+    # A head near zero under a norm with a small eps magnifies the rounding of activations.
+    config = small_config(mixer, calm=weights.startswith("int"), **shapes)
     assert_native(single(config), weights, random_tokens(1, 12, vocab=config.vocab_size))
 
 

@@ -107,6 +107,16 @@ def test_results_hold_everything(results, settings):
         assert model["training_speed"]["low"] <= model["training_speed"]["tokens_per_second"]
         assert model["sample"]["prompt"] == "The"
         assert model["sample"]["text"]
+        assert model["learning_rate"] == 1e-3
+        assert model["tuning"] is None
+        assert model["steps"] == 3
+        assert 4e6 < model["flops_per_token"] < 7e6
+        study = model["lengths"]
+        assert (study["context"], study["asked"]) == (16, 32)
+        assert [entry["length"] for entry in study["lengths"]] == [16, 32, 64, 128, 256, 512]
+        for point in model["generation"]:
+            least = model["weight_bytes"] + point["state_bytes"]
+            assert least < point["peak_memory_bytes"] < 4 * least
         for run in model["runs"]:
             folder = settings["out"] / run["folder"]
             last = metrics(folder)[-1]
@@ -114,6 +124,7 @@ def test_results_hold_everything(results, settings):
             assert run["validation_bits_per_byte"] == last["validation_bits_per_byte"]
             assert run["tokens"] == run["curve"][-1]["tokens"] == 3 * 2 * 16
             assert run["seconds"] > 0
+            assert run["diverged"] is None
             assert [point["tokens"] for point in run["validation_curve"]] == [32, 64, 96]
     sizes = [[p["state_bytes"] for p in m["generation"]] for m in results["models"]]
     a_token = 4 * 2 * 128 * 4  # layers, key and value, width, bytes
@@ -130,7 +141,12 @@ def test_report_stands_in_the_folder(results, settings):
         bits = [run["validation_bits_per_byte"] for run in model["runs"]]
         assert f"{sum(bits) / 2:.3f}" in text
     plots = sorted(folder.glob("*.png"))
-    assert [plot.name for plot in plots] == ["generation.png", "loss.png"]
+    assert [plot.name for plot in plots] == [
+        "compute.png",
+        "generation.png",
+        "lengths.png",
+        "loss.png",
+    ]
     for plot in plots:
         assert plot.name in text
         assert matplotlib.image.imread(plot).std() > 0.01, "an empty picture"
@@ -179,11 +195,12 @@ def test_time_is_turned_into_steps_once(settings, tmp_path):
     with pytest.raises(Interrupted), Impatient("step ") as display:
         run_comparison(config, display)
     plan = json.loads((tmp_path / "comparison.json").read_text())
-    assert 2 < plan["steps"] < 2000
+    (steps,) = plan["steps"].values()
+    assert 2 < steps < 2000
     assert ebb("compare", "--resume", "--out", tmp_path) == 0
     assert json.loads((tmp_path / "comparison.json").read_text()) == plan
     run = tmp_path / "runs" / "attention-0"
-    assert metrics(run)[-1]["step"] == plan["steps"]
+    assert metrics(run)[-1]["step"] == steps
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["settings"]["steps"] == plan["steps"]
+    assert results["settings"]["steps"] == steps
     assert results["settings"]["budget"] == "2s"

@@ -7,7 +7,8 @@ import torch
 from runs import TINY, ebb, metrics, only_line, repeatable
 from safetensors.torch import load_file
 
-from train import loop
+from train import distributed, loop
+from train import step as step_module
 from train.loss import next_token_loss
 from train.optimizer import make_optimizer
 
@@ -38,7 +39,7 @@ def spoil(monkeypatch):
             parameter = next(model.parameters())
             return loss + (parameter.flatten()[0] * 0).sqrt()  # 0, with an infinite slope
 
-        monkeypatch.setattr(loop, "next_token_loss", spoiled)
+        monkeypatch.setattr(step_module, "next_token_loss", spoiled)
 
     return spoil
 
@@ -121,7 +122,7 @@ def test_weights_that_a_step_ruins_are_found_out(flags, tmp_path, capsys):
 
 def test_validation_that_is_not_finite_stops(flags, monkeypatch, tmp_path, capsys):
     evaluation = loop.Evaluation(math.nan, 1, 1)
-    monkeypatch.setattr(loop, "evaluate", lambda *_: evaluation)
+    monkeypatch.setattr(distributed, "evaluate", lambda *_: evaluation)
     assert ebb(*flags, "--steps", "4", "--eval-every", "3", "--save-every", "1") == 1
     assert only_line(capsys.readouterr().err) == (
         f"The validation loss is not finite at step 3; the weights of step 2 are kept. {ADVICE}"

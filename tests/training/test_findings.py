@@ -3,7 +3,16 @@
 import math
 
 import pytest
-from comparison_results import attention, gla, results, rwkv7
+from comparison_results import (
+    attention,
+    diverged,
+    everything,
+    gla,
+    results,
+    rwkv7,
+    with_flops,
+    with_tasks,
+)
 
 from train.report import summary_lines, write_report
 
@@ -49,15 +58,100 @@ def test_seed_noise_decides(bits, found):
     assert "seed to seed is unknown" not in text
 
 
+def test_what_a_seed_does_to_both_is_no_noise():
+    """The seeds lie far apart, the mixers always alike: only the paired test can tell."""
+    text = summary(rwkv7(1.40, 1.50, 1.60), attention(1.41, 1.511, 1.609))
+    assert "rwkv7 predicts the validation text better than attention" in text
+    assert "the difference, 0.010 ± 0.002, exceeds the seed noise" in text
+
+
+@pytest.mark.parametrize(
+    ("mine", "softmax", "said"),
+    [
+        ((1.41, 1.415, 1.42), (1.45, 1.455, 1.445), "Softmax (attention) is not needed to predict"),
+        ((1.45, 1.455, 1.445), (1.41, 1.415, 1.42), "Softmax (attention) wins at predicting"),
+        ((1.40, 1.46, 1.43), (1.45, 1.455, 1.445), "No difference found between softmax"),
+    ],
+)
+def test_verdict_can_come_out_in_all_three_ways(mine, softmax, said):
+    first = summary_lines(results(rwkv7(*mine), attention(*softmax)))[0]
+    assert first.startswith(said)
+    assert "unknown" not in first
+
+
+def test_verdict_tells_three_rivals_apart():
+    far = gla(1.9, 1.91, 1.9)
+    far["mixer"] = "retnet"
+    models = rwkv7(1.3, 1.31, 1.3), attention(1.4, 1.41, 1.4), gla(1.35, 1.45, 1.4), far
+    assert summary_lines(results(*models))[0] == (
+        "Softmax (attention) is not needed to predict this text: rwkv7 (by 0.100) "
+        "beats it; no difference found to gla; softmax is ahead of retnet (by 0.500) (gaps in "
+        "bits per byte)."
+    )
+
+
+def test_verdict_of_one_seed_says_that_noise_is_unknown():
+    first = summary_lines(results(rwkv7(1.455), attention(1.412)))[0]
+    assert first.startswith("Softmax (attention) wins")
+    assert "the noise from seed to seed is unknown, so this may be chance" in first
+    first = summary_lines(results(rwkv7(1.413), attention(1.412)))[0]
+    assert first.startswith("No difference found between softmax (attention) and rwkv7")
+    assert first.endswith("is unknown, so a difference may be hidden.")
+
+
+def test_a_run_that_broke_off_is_a_result_and_leaves_its_mixer_out():
+    text = summary(rwkv7(1.4, 1.41), diverged(attention(1.3, 1.31), seed=1, step=40))
+    assert "attention diverged in 1 of 2 runs: seed 1 at step 40 (its loss is not a" in text
+    assert "predict" not in text, "the seeds that survived are no fair sample"
+
+
+def test_others_are_ranked_where_softmax_diverged():
+    text = summary(rwkv7(1.3, 1.31), gla(1.4, 1.41), diverged(attention(1.3, 1.31)))
+    assert "Best at predicting the validation text: rwkv7" in text
+
+
+def test_equal_compute_can_turn_the_order_around():
+    measured = with_flops(results(rwkv7(1.412), attention(1.455)), (4e7, 1e7))
+    (line,) = [x for x in summary_lines(measured) if "equal compute" in x]
+    assert line.startswith("After an equal compute of 1.02e13 FLOPs, attention is ahead")
+    measured = with_flops(results(rwkv7(1.412), attention(1.455)), (1e7, 4e7))
+    (line,) = [x for x in summary_lines(measured) if "equal compute" in x]
+    assert "rwkv7 is ahead" in line
+
+
+def test_longer_contexts_and_tasks_are_summed_up():
+    text = "\n".join(summary_lines(everything()))
+    assert "windows of 8,192 tokens (32 times the trained context)" in text
+    assert "rwkv7 3.900, gla 3.900, rwkv4 3.960, attention 5.100 (first seed only)" in text
+    assert "attention: with 8,192 tokens the loss is 1.1000 nats a token higher" in text
+    assert "recall at its last point (num pairs 32): attention is ahead (attention 97.0" in text
+    assert "parity at its last point (length 128): rwkv7 is ahead (rwkv7 95.0" in text
+
+
+def test_equal_accuracies_are_no_difference():
+    models = [with_tasks(one, (0.9, 0.9), (0.5, 0.5)) for one in (rwkv7(1.4), attention(1.4))]
+    text = summary(*models)
+    assert "no difference found between rwkv7 and attention (rwkv7 90.0" in text
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(1e-3, False), (2e-3, True)])
+def test_a_best_rate_at_the_end_of_its_grid_is_said(rate, warned):
+    measured = with_flops(results(rwkv7(1.4), attention(1.4)), (1e7, 1e7))
+    measured["models"][0]["learning_rate"] = rate
+    text = "\n".join(summary_lines(measured))
+    assert f"Of 3 learning rates tried with each mixer the best was taken: rwkv7 {rate:g}" in text
+    assert ("The best rate of rwkv7 is at an end of the grid" in text) is warned
+
+
 def test_a_gap_of_less_than_a_percent_counts_with_steady_seeds():
     text = summary(rwkv7(1.410, 1.4101, 1.4102), attention(1.412, 1.4121, 1.4119))
     assert "rwkv7 predicts the validation text better than attention" in text
 
 
 def test_two_seeds_need_a_wide_gap():
-    """Student's t at two degrees of freedom is 4.30: here it is 2.1, beyond the normal 1.96."""
+    """Of one degree of freedom Student's t is 12.7: here it is 3, beyond the normal 1.96."""
     gap, spread = 0.03, 0.01
-    text = summary(rwkv7(1.4, 1.4 + 2 * spread), attention(1.4 + gap, 1.4 + gap + 2 * spread))
+    text = summary(rwkv7(1.4, 1.4 + spread), attention(1.4 + gap - spread, 1.4 + gap + 2 * spread))
     assert "within seed noise" in text
 
 

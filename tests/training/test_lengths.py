@@ -91,7 +91,7 @@ def test_losses_are_those_of_windows_read_at_once(mixer):
         assert length.last == pytest.approx(last.mean(), rel=1e-6)
         assert length.seen == pytest.approx(seen[:, -CONTEXT:].mean())
         assert length.gain == pytest.approx((last - first).mean(), abs=1e-6)
-        expected = 4.30 * stdev((last - first).tolist()) / math.sqrt(3)  # two degrees of freedom
+        expected = 4.303 * stdev((last - first).tolist()) / math.sqrt(3)  # two degrees of freedom
         assert length.margin == pytest.approx(expected, abs=1e-5)
     assert len({x.last for x in found.lengths}) == 3
     assert [(p.fewest, p.most) for p in found.positions] == [

@@ -5,11 +5,12 @@ import json
 
 import matplotlib.image
 import pytest
-from comparison_results import attention, gla, results, rwkv7
+from comparison_results import attention, diverged, everything, gla, results, rwkv7
 from rich.console import Console
 
 from train.readable import readable_bytes
 from train.report import escape_markdown, report_text, summary_table, write_report
+from train.report.tables import MISSING
 
 
 def rows_of(report, heading):
@@ -48,22 +49,24 @@ def test_results_table_has_the_right_numbers():
     ]
 
 
-def test_generation_table_has_a_row_a_context_and_a_gap_where_nothing_was_measured():
+def test_generation_table_has_a_row_a_point_and_none_where_nothing_was_measured():
     measured = results(rwkv7(1.4), attention(1.4))
     del measured["models"][1]["generation"][-1]
     _, _, *rows = rows_of(report_text(measured), "Generation")
-    assert [row[0] for row in rows] == ["128", "512", "2,048", "4,096", "16,384"]
+    contexts = ("128", "512", "2,048", "4,096", "16,384")
+    both = [[mixer, context] for context in contexts for mixer in ("rwkv7", "attention")]
+    assert [row[:2] for row in rows] == both[:-1]
     weights = measured["models"][0]["weight_bytes"]
-    both = [readable_bytes(weights + size) for size in (270_336, 8_388_608)]
-    assert rows[3][1:4] == ["0.520 (0.494 to 0.562)", "270 KB", both[0]]
-    assert rows[3][4:] == ["1.10 (1.04 to 1.19)", "8.4 MB", both[1]]
-    assert rows[4][4:] == ["–", "–", "–"]  # noqa: RUF001 - the dash of an empty cell
+    sizes = [readable_bytes(weights + size) for size in (270_336, 8_388_608)]
+    assert rows[6][1:] == ["4,096", "0.520", "0.494 to 0.562", "270 KB", sizes[0]]
+    assert rows[7][1:] == ["4,096", "1.10", "1.04 to 1.19", "8.4 MB", sizes[1]]
 
 
-def test_several_seeds_give_mean_and_deviation():
+def test_several_seeds_give_the_mean_and_its_interval():
+    """Two seeds at 1.40 and 1.42: 12.706 times 0.02 / 2."""
     report = report_text(results(rwkv7(1.40, 1.42), attention(1.5, 1.5)))
     _, _, *rows = rows_of(report, "Results")
-    assert [row[3] for row in rows] == ["1.410 ± 0.014", "1.500 ± 0.000"]
+    assert [row[3] for row in rows] == ["1.410 ± 0.127", "1.500 ± 0.000"]
     assert len(rows_of(report, "Runs")) == 2 + 4
 
 
@@ -79,7 +82,7 @@ def test_terminal_table_fits_and_cuts_nothing(capsys):
     assert " ".join(row[1:]) == "1.31 M 4.227 1.458 9,500 0.400 2.65 262 KB 34 MB"
     name, *deviations = lines[number + 1].split()
     assert row[0] + name == "attention:square_l1"
-    assert deviations == ["±0.010", "±0.004"]
+    assert deviations == ["±0.092", "±0.032"]
 
 
 def test_folder_holds_the_whole_report(tmp_path):
@@ -89,7 +92,8 @@ def test_folder_holds_the_whole_report(tmp_path):
     write_report(measured, folder)
     assert measured == before
     names = {path.name for path in folder.iterdir()}
-    assert names == {"results.json", "report.md", "loss.png", "generation.png"}
+    texts = {"results.json", "report.md", "report.html"}
+    assert names == texts | {"loss.png", "generation.png"}
     assert json.loads((folder / "results.json").read_text()) == measured
     report = (folder / "report.md").read_text()
     for mixer in ("rwkv7", "attention", "gla"):
@@ -111,6 +115,7 @@ def test_report_has_no_absolute_path_and_says_how_to_repeat():
     for text in ("2.13.0", "0.1.0", "A CPU", "2 threads", "one machine", "small models"):
         assert text in report
     assert "its cache grows with the context" in report
+    assert "copies the cache at every token" not in report
 
 
 def test_a_report_without_softmax_says_nothing_about_it():
@@ -212,6 +217,51 @@ def test_a_sample_stays_inside_its_quote():
         "> \\===\\",
         "> next",
     ]
+
+
+def test_everything_that_may_be_measured_is_reported(tmp_path):
+    write_report(everything(), tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    header, _, *rows = rows_of(report, "Results")
+    cells = [dict(zip(header, row, strict=True)) for row in rows]
+    assert [row["runs finished"] for row in cells] == ["3 of 3"] * 3 + ["2 of 3"]
+    assert [row["FLOPs/token"] for row in cells] == ["8.1e6", "8.9e6", "8.4e6", "7.9e6"]
+    assert cells[3]["bits/byte"].startswith("1.610 ±"), "the mean of the runs that finished"
+    run = next(row for row in rows_of(report, "Runs") if row[0] == "runs/rwkv4-1")
+    assert run[3:5] == ["diverged at step 40", MISSING]
+    last = rows_of(report, "Task: recall")[-1]
+    assert last[:3] == ["num pairs 32", "40.0 ± 12.7 %", "97.0 ± 12.7 %"]
+    assert rows_of(report, "Longer contexts")[-1][2] == "5.1000"
+    assert len(rows_of(report, "Learning rates tried")) == 2 + 12
+    assert rows_of(report, "Generation")[-1][-1] == "6.3 MB"
+    for image in ("loss", "compute", "generation", "lengths", "tasks"):
+        assert report.count(f"]({image}.png)") == 1
+        assert matplotlib.image.imread(tmp_path / f"{image}.png").shape[:2] == (920, 2100)
+
+
+def test_a_comparison_of_which_every_run_diverged_is_reported(tmp_path):
+    write_report(results(*(diverged(one) for one in (rwkv7(1.4), attention(1.5)))), tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert [row[3] for row in rows_of(report, "Results")[2:]] == ["diverged", "diverged"]
+    assert "## Samples" not in report
+    assert "report.html" in {path.name for path in tmp_path.iterdir()}
+
+
+def test_steps_are_shown_where_each_mixer_has_its_own():
+    measured = results(rwkv7(1.4), attention(1.5))
+    for one, steps in zip(measured["models"], (1500, 1200), strict=True):
+        one["steps"] = steps
+    header, _, *rows = rows_of(report_text(measured), "Results")
+    assert [row[header.index("steps")] for row in rows] == ["1,500", "1,200"]
+
+
+def test_a_run_that_broke_off_at_once_is_reported(tmp_path):
+    measured = results(diverged(rwkv7(1.4), step=1), attention(1.5))
+    run = measured["models"][0]["runs"][0]
+    run |= {"curve": [], "tokens": 0, "seconds": 0.0, "tokens_per_second": None}
+    write_report(measured, tmp_path)
+    rows = rows_of((tmp_path / "report.md").read_text(), "Runs")
+    assert rows[2][3:] == ["diverged at step 1", MISSING, "0", "0 s", MISSING]
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):

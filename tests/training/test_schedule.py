@@ -11,18 +11,18 @@ from model.layers import MIXERS
 from train.budget import Budget
 from train.optimizer import make_optimizer, set_rate
 from train.recipes import recipe_of
-from train.schedule import rate_factor
+from train.schedule import SCHEDULES, rate_factor
 
 
 @given(
     steps=st.integers(1, 500),
     warmup=st.integers(0, 600),
     final=st.floats(0.01, 1.0),
+    schedule=st.sampled_from(SCHEDULES),
 )
-def test_rate_rises_to_the_peak_and_falls_towards_the_end(steps, warmup, final):
-    factors = [
-        rate_factor(step, steps=steps, warmup=warmup, final_fraction=final) for step in range(steps)
-    ]
+def test_rate_rises_to_the_peak_and_falls_towards_the_end(steps, warmup, final, schedule):
+    settings = {"steps": steps, "warmup": warmup, "final_fraction": final, "schedule": schedule}
+    factors = [rate_factor(step, **settings) for step in range(steps)]
     rising, falling = factors[:warmup], factors[warmup:]
     assert all(0 < factor <= 1 for factor in factors)
     assert rising == sorted(rising)
@@ -33,12 +33,23 @@ def test_rate_rises_to_the_peak_and_falls_towards_the_end(steps, warmup, final):
     if falling:
         assert falling[0] == 1
         assert min(falling) >= final
-    end = rate_factor(max(steps, warmup + 1), steps=steps, warmup=warmup, final_fraction=final)
+    end = rate_factor(max(steps, warmup + 1), **settings)
     assert end == pytest.approx(final)
 
 
 def test_cosine_is_half_way_in_the_middle():
     assert rate_factor(60, steps=110, warmup=10, final_fraction=0.2) == pytest.approx(0.6)
+
+
+def test_stable_rate_falls_over_the_last_fifth_along_a_root():
+    settings = {"steps": 100, "warmup": 5, "final_fraction": 0.0, "schedule": "wsd"}
+    factors = [rate_factor(step, **settings) for step in range(100)]
+    assert factors[:5] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6])
+    assert factors[5:81] == [1.0] * 76
+    assert factors[85] == pytest.approx(0.5)
+    assert factors[99] == pytest.approx(1 - 0.95**0.5)
+    halfway = rate_factor(85, **{**settings, "final_fraction": 0.2})
+    assert halfway == pytest.approx(0.2 + 0.8 * 0.5)
 
 
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
@@ -87,12 +98,16 @@ def test_budget(text, amount, unit):
     assert Budget.parse(text) == Budget(amount, unit)
 
 
-@pytest.mark.parametrize("text", ["", "5", "steps", "0-steps", "-3s", "5 days", "1e3s", "5m", "0s"])
+@pytest.mark.parametrize(
+    "text", ["", "5", "steps", "0-steps", "-3s", "5 days", "1e999s", "5m", "0s"]
+)
 def test_what_is_no_budget_is_refused(text):
-    with pytest.raises(ValueError, match="budget must be like 500-steps, 20M-tokens or 5min, but"):
+    with pytest.raises(ValueError, match="budget must be like 500-steps, 20M-tokens, 1e15-flops"):
         Budget.parse(text)
 
 
-@pytest.mark.parametrize(("text", "steps"), [("7-steps", 7), ("1k-tokens", 31), ("3-tokens", 1)])
+@pytest.mark.parametrize(
+    ("text", "steps"), [("7-steps", 7), ("1k-tokens", 31), ("3-tokens", 1), ("1e6-flops", 312)]
+)
 def test_budget_pays_for_whole_steps(text, steps):
-    assert Budget.parse(text).steps(32) == steps
+    assert Budget.parse(text).steps(32, flops_per_token=100.0) == steps

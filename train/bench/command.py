@@ -12,12 +12,13 @@ import torch
 import tyro
 from rich.console import Console
 
+from model.config import parse_size
 from model.decode import check_weights
 from model.ops import OPS
 from model.presets import parse_mixer
 from train import checkpoint as files
 from train.bench import peers
-from train.bench.contenders import Contender, formats_of, matched_shapes, parse_size
+from train.bench.contenders import Contender, formats_of, matched_shapes
 from train.bench.growth import save_growth_plots
 from train.bench.jobs import Job
 from train.bench.machine import Machine

@@ -5,7 +5,6 @@ read a prompt and decode.
 """
 
 import dataclasses
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,24 +134,6 @@ class Workshop:
             torch.manual_seed(0)
             self._models[shape] = LanguageModel(shape)
         return self._models[shape]
-
-
-def parse_size(text: str) -> Size:
-    """`micro`, or layers and width: `4x256`.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if text in SIZES:
-        return SIZES[text]
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
-    layers, width = map(int, found.groups()) if found else (0, 0)
-    if not layers or not width or width % 32:
-        raise ValueError(
-            f"size must be {', '.join(SIZES)}, or layers and width such as 4x256 (the width a "
-            f"multiple of 32), but is {text!r}"
-        )
-    return Size(layers, width, 64 if width % 64 == 0 else 32)
 
 
 def shape_of(mixer: str, size: Size, vocab_size: int) -> ModelConfig:

@@ -1,5 +1,6 @@
 """Cells of a proof: how far each form is from the definition, in each dtype and situation."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,8 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from train.verify.derivatives import STEPS, against_finite_differences
 from train.verify.derivatives import TOLERANCE as SLOPE_TOLERANCE
-from train.verify.derivatives import against_finite_differences
 from train.verify.inputs import Case
 from train.verify.running import (
     TOLERANCE,
@@ -245,12 +246,12 @@ def _worst(
 def _slopes(subject: Subject) -> Cell:
     """The definition's gradients against finite differences.
 
-    A function may bend between the points (relu, or a small eps below a sum): then other numbers
-    are drawn, which do not give back a gradient that is lost.
+    A function may bend between the points (relu, or a small eps below a sum): then they are moved
+    together, or other numbers are drawn, which does not give back a gradient that is lost.
     """
     found = Difference("", torch.inf, "")
-    for seed in range(DRAWS):
-        attempt = _attempt(partial(_slope, subject, replace(SMALL, seed=seed)))
+    for seed, step in itertools.product(range(DRAWS), STEPS):
+        attempt = _attempt(partial(_slope, subject, replace(SMALL, seed=seed), step))
         if isinstance(attempt, str):
             attempt = Difference("", torch.inf, f"the definition fails: {attempt}")
         found = min(attempt, found, key=lambda difference: difference.error)
@@ -267,9 +268,9 @@ def _slopes(subject: Subject) -> Cell:
     )
 
 
-def _slope(subject: Subject, case: Case) -> Difference:
+def _slope(subject: Subject, case: Case, step: float) -> Difference:
     function = subject.function("recurrent", torch.float64, None)
-    return against_finite_differences(function, subject.inputs(case, torch.float64))
+    return against_finite_differences(function, subject.inputs(case, torch.float64), step)
 
 
 def _attempt(work: Callable[[], T]) -> T | str:

@@ -182,7 +182,8 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tenso
 
 def _gradients(run: Callable[..., Any], ctx: Any, cotangents: Sequence[Tensor]) -> list[Tensor]:
     """Of all tensors, in the order of the forward pass."""
-    tensors, rest = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    saved = ctx.saved_tensors  # may be asked for once only, where activations are checkpointed
+    tensors, rest = saved[: ctx.count], saved[ctx.count :]
     *out, sums = run(ctx.kernel, tensors, cotangents, rest[0] if rest else None, *ctx.settings)
     gradients, begin = [], 0
     for index, tensor in enumerate(tensors):
