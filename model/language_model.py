@@ -190,6 +190,6 @@ class _NothingDrawn(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function.__module__ == "torch.nn.init":
+        if getattr(function, "__module__", None) == "torch.nn.init":
             return None
         return function(*args, **(kwargs or {}))
