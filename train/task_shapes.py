@@ -20,7 +20,7 @@ LEAST_HEAD = 4
 def matched_task_shapes(
     names: list[str], *, vocab_size: int, width: int, layers: int, head_dim: int
 ) -> dict[str, ModelConfig]:
-    """A shape for each mixer, with the parameters of the first and about the same state bytes.
+    """A shape for each mixer, with the parameters of the largest and about the same state bytes.
 
     All have the same width D and depth; a mixer without a channel mix has twice the blocks, as in
     `model.presets.preset`. The state aimed at is a plain matrix in every head, `layers D head_dim`
@@ -33,14 +33,12 @@ def matched_task_shapes(
     (a KV cache): its heads have `head_dim` channels.
 
     Raises:
-        ValueError: if a mixer cannot be made as small as the first.
+        ValueError: if a mixer cannot have that width.
     """
-    first, *_ = bases = [_base(name, vocab_size, width, layers, head_dim) for name in names]
-    parameters = num_parameters(first)
+    bases = {name: _base(name, vocab_size, width, layers, head_dim) for name in names}
+    parameters = max(num_parameters(base) for base in bases.values())
     aim = 4 * layers * width * head_dim
-    return {
-        name: _nearest(base, parameters, aim) for name, base in zip(names, bases, strict=True)
-    }
+    return {name: _nearest(base, parameters, aim) for name, base in bases.items()}
 
 
 def state_bytes(shape: ModelConfig, tokens: int) -> int:
