@@ -65,7 +65,7 @@ def recall(
     asked = 2 * num_pairs + 2 * slots
     np.put_along_axis(inputs, asked, keys, axis=1)
     np.put_along_axis(targets, asked, values, axis=1)
-    np.put_along_axis(counted, asked, True, axis=1)  # noqa: FBT003  # a value, not a flag
+    np.put_along_axis(counted, asked, True, axis=1)
     return _batch(inputs, targets, counted)
 
 

@@ -62,7 +62,7 @@ def _nearest(base: ModelConfig, parameters: int, aim: int) -> ModelConfig:
     found, error = list[tuple[float, ModelConfig]](), ""
     for shape in _with_other_states(base):
         try:
-            shape = matched(complete(shape), parameters)  # noqa: PLW2901  # the same, completed
+            shape = matched(complete(shape), parameters)
             held = states.num_bytes(shapes_only(shape).initial_state(1))
         except ValueError as refused:  # a width that the mixer cannot have
             error = str(refused)
