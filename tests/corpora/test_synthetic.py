@@ -13,14 +13,9 @@ ROWS = 40
 
 
 def solve_recall(row):
-    known, found = {}, {}
     pairs = len(row) // 6
-    for key, value in zip(row[: 2 * pairs : 2], row[1 : 2 * pairs : 2], strict=True):
-        known[key] = value
-    for place in range(2 * pairs, len(row)):
-        if row[place] != 0:
-            found[place] = known[row[place]]
-    return found
+    known = dict(zip(row[: 2 * pairs : 2], row[1 : 2 * pairs : 2], strict=True))
+    return {n: known[row[n]] for n in range(2 * pairs, len(row)) if row[n] != 0}
 
 
 def solve_copying(row):
