@@ -64,7 +64,7 @@ def test_what_was_found_is_as_the_report_reads_it(whole):
         described = found[name]["task_models"]["small"]
         assert [one["width"] for one in described] == [32, 16]
     one, two = (found[name]["task_models"]["small"][0] for name in MIXERS)
-    assert (one["state_bytes"], two["state_bytes"]) == (4 * 32 * 16, 18 * 2 * 32 * 4 + 32)
+    assert (one["state_bytes"], two["state_bytes"]) == (4 * 32 * 16, 18 * 2 * 32 * 4 + 16)
 
 
 def test_a_repeat_gives_the_same_bits(whole, tmp_path):
@@ -151,7 +151,7 @@ def test_parameters_and_states_are_matched():
     shapes = matched_task_shapes(names, vocab_size=128, width=64, layers=2, head_dim=32)
     counts = {name: num_parameters(shape) for name, shape in shapes.items()}
     largest = max(counts.values())
-    assert all(0.97 < count / largest for count in counts.values()), counts
+    assert all(count / largest > 0.97 for count in counts.values()), counts
     sizes = {name: state_bytes(shape, 8) for name, shape in shapes.items()}
     softmax = sizes.pop("softmax")
     assert all(12_000 < size < 20_000 for size in sizes.values()), sizes
