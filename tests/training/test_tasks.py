@@ -153,8 +153,9 @@ def test_parameters_and_states_are_matched():
     largest = max(counts.values())
     assert all(count / largest > 0.97 for count in counts.values()), counts
     sizes = {name: state_bytes(shape, 8) for name, shape in shapes.items()}
-    softmax = sizes.pop("softmax")
+    softmax, mamba2 = sizes.pop("softmax"), sizes.pop("mamba2")
     assert all(12_000 < size < 20_000 for size in sizes.values()), sizes
+    assert mamba2 < 25_000, "its convolution's window alone takes 10,752"
     assert state_bytes(shapes["softmax"], 16) - softmax == 2 * 2 * 8 * 64 * 4
     assert {shapes[name].head_dim for name in ("gla", "deltanet")} == {64, 16}
 
@@ -184,6 +185,8 @@ def test_a_comparison_runs_the_tasks_and_reports_them(workshop, tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert "## Task: s3" in report
     assert "length 256" in report
+    model = results["models"][0]["task_models"]["s3"][0]
+    assert f"gla {model['parameters']:,} and {model['state_bytes']:,}" in report
 
 
 PARITY = replace(
