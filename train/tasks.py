@@ -74,11 +74,15 @@ def _points(name: str, *values: int) -> tuple[Point, ...]:
     return tuple({name: value} for value in values)
 
 
-_TRACKED = {
-    "trained": _points("length", 4, 8, 16, 32),
-    "measured": _points("length", 32, 64, 128, 256),
-    "tracked": True,
-}
+def _of_states(make: Callable[..., SyntheticBatch], vocab_size: int) -> Task:
+    return Task(
+        make,
+        vocab_size,
+        trained=_points("length", 4, 8, 16, 32),
+        measured=_points("length", 32, 64, 128, 256),
+        tracked=True,
+    )
+
 
 TASKS: dict[str, Task] = {
     "recall": Task(
@@ -100,9 +104,9 @@ TASKS: dict[str, Task] = {
         trained=_points("length", 16, 32, 64),
         measured=_points("length", 32, 64, 128, 256),
     ),
-    "parity": Task(synthetic.parity, vocab_size=2, **_TRACKED),
-    "s3": Task(partial(synthetic.permutations, size=3), vocab_size=6, **_TRACKED),
-    "s5": Task(partial(synthetic.permutations, size=5), vocab_size=120, **_TRACKED),
+    "parity": _of_states(synthetic.parity, 2),
+    "s3": _of_states(partial(synthetic.permutations, size=3), 6),
+    "s5": _of_states(partial(synthetic.permutations, size=5), 120),
     "needle": Task(
         synthetic.needle,
         vocab_size=32,
@@ -217,7 +221,7 @@ def train_task(
         features, _ = model.features(batch.inputs)
         loss = F.cross_entropy(model.head(features[batch.counted]), batch.targets[batch.counted])
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         if not math.isfinite(loss.item() + norm.item()):
             return None
