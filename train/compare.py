@@ -23,6 +23,7 @@ from train.prepare import prepare_data
 from train.progress import Display
 from train.report import REPORT, summary_lines, summary_table, write_report
 from train.results import measure, training_speeds, trials_of
+from train.tasks import STEPS, TASKS, parse_tasks, run_tasks
 from train.tuning import PART, best_rate, tune
 from train.turns import Outcome, train_in_turns, turns_of
 
@@ -85,11 +86,14 @@ def run_comparison(config: CompareConfig, display: Display) -> dict[str, Any]:
         try:
             runs = _tune(config, plan, _runs(config, shapes, plan), display)
             outcomes = _train_all(config, plan, runs, display)
+            answers = _tasks(config, display)
             results = measure(config, shapes, plan, outcomes, data, display)
         except (Interrupted, KeyboardInterrupt) as stop:
             raise Interrupted(
                 f"Saved; go on with: ebb compare --resume --out {shlex.quote(str(config.folder))}"
             ) from stop
+        for model in results["models"]:
+            model |= answers.get(model["mixer"], {})
         write_report(results, config.folder)
         return results
 
@@ -165,6 +169,20 @@ def _tune(config: CompareConfig, plan: dict[str, Any], runs: Runs, display: Disp
     shutil.rmtree(config.folder / "tune", ignore_errors=True)  # what counts is in the plan
     rates = {name: best_rate(name, trials_of(plan, name)) for name in runs}
     return {name: dataclasses.replace(run, learning_rate=rates[name]) for name, run in runs.items()}
+
+
+def _tasks(config: CompareConfig, display: Display) -> dict[str, dict[str, Any]]:
+    """What `run_tasks` found, by mixer; nothing where no task was asked for."""
+    if config.tasks is None:
+        return {}
+    return run_tasks(
+        {name: TASKS[name] for name in parse_tasks(config.tasks)},
+        config.names,
+        seeds=config.seeds,
+        steps=config.task_steps or STEPS,
+        folder=config.folder,
+        display=display,
+    )
 
 
 def _runs(config: CompareConfig, shapes: dict[str, ModelConfig], plan: dict[str, Any]) -> Runs:

@@ -290,6 +290,11 @@ class CompareConfig:
     """Tokens already seen when generation is measured."""
     extrapolate: int = 32
     """Measure the loss in windows up to so many contexts long (1, 2, 4, ...); 0 does not."""
+    tasks: str | None = None
+    """Tasks with a known answer that small models of each mixer are trained on and asked, beside
+    the text: recall, copying, induction, parity, s3, s5, needle, with commas between, or all."""
+    task_steps: int | None = None
+    """Training of each model at each task; 2000 if not given."""
     eval_tokens: int = 65_536
     """Validation tokens, spread evenly over the text."""
     prompt: str = "The"
@@ -314,6 +319,7 @@ class CompareConfig:
         parse_size(self.size)
         for name in ("batch_size", "context", "seeds", "eval_tokens", "vocab_size", "threads"):
             at_least(name, getattr(self, name), 1)
+        self._check_tasks()
         if self.tune < 0 or self.tune == 1:
             raise ValueError(
                 f"tune must be 0, or at least 2 learning rates to choose from, but is {self.tune}"
@@ -324,6 +330,15 @@ class CompareConfig:
             raise ValueError("prompt must not be empty: give the samples a word to go on from")
         Budget.parse(self.budget)
         _ = self.lengths
+
+    def _check_tasks(self) -> None:
+        at_least("task_steps", self.task_steps, 1)
+        if self.tasks is not None:
+            from train.tasks import parse_tasks  # loads torch too
+
+            parse_tasks(self.tasks)
+        elif self.task_steps is not None:
+            raise ValueError("task_steps has no effect without tasks: name some, or leave it out")
 
     @property
     def names(self) -> list[str]:

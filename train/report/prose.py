@@ -49,8 +49,8 @@ def table_note(name: str, results: dict[str, Any]) -> str:
             "The same number for every mixer. They were judged on the validation text, which "
             "flatters all mixers alike."
         )
-    if name.startswith("Task: ") and num_seeds(models) > 1:
-        return "Accuracy; ± is half the 95 % interval of the mean over seeds."
+    if name.startswith("Task: "):
+        return _task_note(name.removeprefix("Task: "), models)
     return ""
 
 
@@ -101,6 +101,25 @@ def limits(results: dict[str, Any]) -> str:
     elif seeds < 5:
         found.append(f"{seeds} seeds give only a rough idea of the noise.")
     return " ".join(found)
+
+
+def _task_note(task: str, models: list[dict[str, Any]]) -> str:
+    """How to read the accuracies, and what the models that were asked are like."""
+    parts = []
+    if num_seeds(models) > 1:
+        parts.append("Accuracy; ± is half the 95 % interval of the mean over seeds.")
+    described = [
+        f"{model['mixer']} {one['parameters']:,} and {one['state_bytes']:,}"
+        + (f" at width {one['width']}" if len(of_task) > 1 else "")
+        for model in models
+        for of_task in [(model.get("task_models") or {}).get(task, [])]
+        for one in of_task
+    ]
+    if described:
+        parts.append(
+            f"Parameters, and bytes of state at the end of the longest text: {listed(described)}."
+        )
+    return " ".join(parts)
 
 
 def _state_note(models: list[dict[str, Any]]) -> str:
