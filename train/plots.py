@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from train.attention_maps import save_maps
 from train.figure import (
+    INK,
     context_axis,
     panel_rows,
     panels,
@@ -20,6 +22,7 @@ from train.figure import (
 )
 from train.lengths_plot import save_lengths_plot
 from train.readable import listed, readable_flops, readable_seconds, short_context
+from train.report import heat, inside
 from train.report.chart import (
     SKIPPED_START,
     Chart,
@@ -56,6 +59,12 @@ def save_plots(results: dict[str, Any], folder: Path) -> list[str]:
     if charts := task_charts(models):
         save_charts(charts, [model["mixer"] for model in models], folder / "tasks.png")
         names.append("tasks.png")
+    if charts := inside.charts(models):
+        save_charts(charts, [model["mixer"] for model in models], folder / "instruments.png")
+        names.append("instruments.png")
+    if maps := heat.attention_of(models):
+        save_maps(maps, folder / "attention.png")
+        names.append("attention.png")
     return names
 
 
@@ -119,6 +128,13 @@ def save_charts(charts: Sequence[Chart], names: Sequence[str], path: Path) -> No
             context_axis(axes, [int(tick) for tick in chart.x.ticks])
         else:
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if chart.y.log:
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            axes.yaxis.set_major_formatter(ticks(chart.y.text))
+        if chart.level is not None:
+            axes.axhline(chart.level, color=INK, linestyle="--", linewidth=1.2, zorder=1)
         if chart.y.limits is not None:
             low, high = chart.y.limits
             axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
