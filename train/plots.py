@@ -36,6 +36,8 @@ from train.report.outcomes import divergence, equal_time, finite, growing, leade
 from train.report.studies import length_studies
 
 LONGEST_TITLE = 51
+MANY = 6
+"""Charts in a figure; with more of them it has half the resolution, or its file would be large."""
 TRAINING = {"linewidth": 0.7, "alpha": 0.3, "zorder": 2}
 
 
@@ -141,6 +143,8 @@ def save_charts(charts: Sequence[Chart], names: Sequence[str], path: Path) -> No
         axes.set_xlabel(chart.x.label)
         axes.set_ylabel(chart.y.label)
         set_title(axes, chart.title)
+    if len(charts) > MANY:
+        figure.set_dpi(figure.dpi / 2)
     save(figure, "", path)
 
 

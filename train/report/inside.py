@@ -42,14 +42,14 @@ def kinds_of(models: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def by_layer(model: Mapping[str, Any], kind: str) -> dict[int, float]:
-    """At the end of training, the mean over the seeds that finished."""
+    """At the end of training, the mean over the seeds that finished; the least of the divisors."""
     found: dict[int, list[float]] = {}
     for readings in _last(model):
         for name, value in readings.items():
             what, _, where = name.partition(".")
             if what == kind and where.startswith("layer") and where[5:].isdecimal():
                 found.setdefault(int(where[5:]), []).append(float(value))
-    return {layer: fmean(values) for layer, values in sorted(found.items())}
+    return {layer: _of_seeds(kind)(values) for layer, values in sorted(found.items())}
 
 
 def charts(models: Sequence[Mapping[str, Any]]) -> list[Chart]:
@@ -112,7 +112,7 @@ def _root(models: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _course(model: Mapping[str, Any], name: str, kind: Kind) -> Points:
-    """One number of all layers at each validation, the mean over the seeds that finished."""
+    """One number of all layers at each validation, of the seeds that finished."""
     found: dict[float, list[float]] = {}
     for run in model["runs"]:
         if divergence(run) is None:
@@ -120,7 +120,11 @@ def _course(model: Mapping[str, Any], name: str, kind: Kind) -> Points:
                 values = _whole_layers(readings, name)
                 if values:
                     found.setdefault(readings["tokens"], []).append(kind.of_layers(values))
-    return [(tokens, fmean(values)) for tokens, values in sorted(found.items())]
+    return [(tokens, _of_seeds(name)(values)) for tokens, values in sorted(found.items())]
+
+
+def _of_seeds(kind: str) -> Callable[[Sequence[float]], float]:
+    return min if KINDS[kind].of_layers is min else fmean
 
 
 def _whole_layers(readings: Mapping[str, float], name: str) -> list[float]:
