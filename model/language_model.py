@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from model.config import ModelConfig
 from model.initialization import initialize
@@ -83,7 +84,8 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = body.norm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        initialize(self)
+        if not self.head.weight.is_meta:
+            initialize(self)
 
     def initial_state(self, batch_size: int) -> ModelState:
         """The state before the first token."""
@@ -165,3 +167,29 @@ class LanguageModel(nn.Module):
             raise ValueError(f"form must be one of {', '.join(FORMS)}, but is {form!r}")
         if tokens.dim() != 2 or tokens.shape[1] < 1:
             raise ValueError(f"tokens must be [B, T] with T >= 1, but are {[*tokens.shape]}")
+
+
+def shapes_only(config: ModelConfig) -> LanguageModel:
+    """A model on the meta device: its weights have shapes, but no memory and no values.
+
+    Nothing is drawn, so that it takes no time either; `to_empty` and `load_state_dict` fill it.
+
+    Raises:
+        ValueError: as `LanguageModel`.
+    """
+    with torch.device("meta"), _NothingDrawn():
+        return LanguageModel(config)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Inside, PyTorch's own modules get no initial values.
+
+    On the meta device a normal distribution would import the compiler, which takes a second.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.tokenizers import Tokenizer, load_tokenizer
 from model.config import ModelConfig
-from model.language_model import LanguageModel
+from model.language_model import LanguageModel, shapes_only
 from model.presets import from_dict
+from train.compact import grow
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -121,8 +121,7 @@ def load_model(folder: Path, *, best: bool = False) -> tuple[LanguageModel, dict
     config = read_config(folder)
     shape = model_config(folder, config)
     weights = read_weights(folder, shape, best=best)
-    with torch.device("meta"):  # no initial values, which take minutes for a large model
-        model = LanguageModel(shape)
+    model = shapes_only(shape)
     assert {name for name, _ in model.named_buffers()} <= set(weights), "a buffer was left unset"
     model.to_empty(device="cpu").load_state_dict(weights)  # in float32, whatever the file has
     return model.eval(), config
@@ -141,7 +140,7 @@ def model_config(folder: Path, config: dict[str, Any]) -> ModelConfig:
 
 
 def read_weights(folder: Path, shape: ModelConfig, *, best: bool = False) -> dict[str, Tensor]:
-    """A run's weights, in the dtype that they were written in.
+    """A run's weights, in the dtype that they were written in; those in 8 bits as float32.
 
     Raises:
         ValueError: if the file is missing, damaged, or another model's.
@@ -150,13 +149,14 @@ def read_weights(folder: Path, shape: ModelConfig, *, best: bool = False) -> dic
     if not path.is_file():
         raise ValueError(f"There is no {path}: the run has not saved any weights yet.")
     try:
-        weights = load_file(path)
+        weights = grow(load_file(path))
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path} cannot be read as safetensors ({error}): it is damaged or incomplete."
         ) from error
-    with torch.device("meta"):
-        _check_fit(LanguageModel(shape).state_dict(), weights, str(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    _check_fit(shapes_only(shape).state_dict(), weights, str(path))
     return weights
 
 

@@ -55,6 +55,8 @@ class TrainConfig:
     """Vocabulary of a bpe to train; 4096 if not given."""
     steps: int = 2000
     """Optimiser steps in all; the schedule ends with them, so a finished run cannot be extended."""
+    max_epochs: float | None = None
+    """Fewer steps, if they would read the text more often than this; recipes have 10."""
     batch_size: int = 8
     """Sequences a step, of all processes together."""
     context: int = 256
@@ -90,7 +92,7 @@ class TrainConfig:
     """Of matrices; the mixer's own if not given."""
     dropout: float | None = 0.0
     """Share of what each layer adds to the residual stream that is left out, at random. None, which
-    recipes have: by how often the text is read, 0 up to 4 times, 0.1 up to 10, else 0.2."""
+    recipes have: by how often the text is read, 0 up to 4 times, 0.1 up to 8, else 0.2."""
     warmup: int | None = None
     """Steps of linear warm-up; a fiftieth of all, but at least 10, if not given."""
     clip: float = 1.0
@@ -180,7 +182,7 @@ class TrainConfig:
             at_least(name, getattr(self, name), 1)
         for name in ("seed", "warmup", "sample_every"):
             at_least(name, getattr(self, name), 0)
-        for name in ("learning_rate", "clip"):
+        for name in ("learning_rate", "clip", "max_epochs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name.replace('_', '-')} must be above 0, but is {value}")

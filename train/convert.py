@@ -1,13 +1,15 @@
-"""`ebb convert`: official RWKV checkpoints into the folder of a run, and back."""
+"""`ebb convert`: official RWKV checkpoints into the folder of a run and back; runs made small."""
 
 import pickle
 import re
+import shlex
 import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +24,11 @@ from model.config import ModelConfig
 from model.pretrained import find_version, from_official, to_official
 from model.pretrained.tables import VERSIONS
 from train import checkpoint as files
-from train.readable import listed
+from train.card import CARD, card
+from train.compact import FORMATS, shrink
+from train.config import one_of
+from train.metrics import read_metrics
+from train.readable import listed, readable_bytes
 
 PICKLED = (".pth", ".pt", ".bin")
 SAFETENSORS = ".safetensors"
@@ -30,11 +36,13 @@ SAFETENSORS = ".safetensors"
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Import an official RWKV checkpoint, or export a run as one; every weight keeps its bits.
+    """Import an official RWKV checkpoint, or export a run, as one or as a small folder.
 
     From a file (.pth, .pt, .bin or .safetensors) of RWKV-4, 5.2, 6 or 7 to the folder of a run,
     which generate, eval and info read like any other; the version is found from the names in it.
-    From the folder of a run to a file (.pth or .safetensors) in the official naming.
+    From the folder of a run to a file (.pth or .safetensors) in the official naming. Every weight
+    keeps its bits, both ways. With --weights, from the folder of a run to one to pass on, which is
+    read like any: small weights, tokenizer, settings, metrics and a page that says what it is.
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
@@ -44,6 +52,8 @@ class ConvertConfig:
     tokenizer: str | None = None
     """Of the imported model, as in `ebb train`; without one the folder can be looked at, but
     neither write nor be evaluated until a tokenizer.json is put into it."""
+    weights: str | None = None
+    """Make a folder to pass on, with matrices in this format: bf16, or int8 (8.5 bits a weight)."""
     group_norm_eps: float | None = None
     """Of the norm over the heads, which is in no checkpoint; the official code's 64e-5 if not
     given."""
@@ -54,6 +64,8 @@ class ConvertConfig:
         Raises:
             ValueError: naming the setting.
         """
+        if self.weights is not None:
+            one_of("format of weights to pass on", self.weights, FORMATS)
         eps = self.group_norm_eps
         if eps is not None and not 0 < eps < float("inf"):
             raise ValueError(f"group-norm-eps must be above 0, but is {eps}")
@@ -74,9 +86,13 @@ def convert(config: ConvertConfig) -> None:
         for name in ("tokenizer", "group_norm_eps"):
             if getattr(config, name) is not None:
                 raise ValueError(
-                    f"{name.replace('_', '-')} has no place in an official checkpoint: leave it out"
+                    f"{name.replace('_', '-')} is for an official checkpoint that comes in: leave "
+                    "it out"
                 )
-        sys.stdout.write(export_run(source, target))
+        export = export_run if config.weights is None else partial(shrink_run, to=config.weights)
+        sys.stdout.write(export(source, target))
+    elif config.weights is not None:
+        raise ValueError("weights are made small from the folder of a run: convert into one first")
     else:
         sys.stdout.write(import_checkpoint(config))
 
@@ -125,7 +141,10 @@ def export_run(source: Path, target: Path) -> str:
         ValueError: if the run cannot be read or has no official form, or the file not be written.
     """
     if target.suffix not in (".pth", SAFETENSORS):
-        raise ValueError(f"{target} must end in .pth or {SAFETENSORS}: a run becomes a file.")
+        raise ValueError(
+            f"{target} must end in .pth or {SAFETENSORS}: a run becomes a file, or with --weights "
+            "a folder."
+        )
     if not target.absolute().parent.is_dir():
         raise ValueError(f"There is no folder {target.parent} to write {target.name} in.")
     config = files.read_config(source)
@@ -145,6 +164,35 @@ def export_run(source: Path, target: Path) -> str:
         files.write_atomically(target, lambda beside: _save_pickled(beside, official))
     title = VERSIONS[model_config.mixer].title
     return f"{target}: {title}, {_described(model_config, official)}\n"
+
+
+def shrink_run(source: Path, target: Path, *, to: str) -> str:
+    """Makes a folder to pass on from that of a run; returns what to say.
+
+    Raises:
+        ValueError: if the run cannot be read, or the folder not be written.
+    """
+    if target.suffix in (*PICKLED, SAFETENSORS):
+        raise ValueError(f"{target} is the name of a file, and --weights makes a folder.")
+    config = files.read_config(source)
+    model_config = files.model_config(source, config)
+    weights = files.read_weights(source, model_config)
+    tokenizer = files.read_tokenizer(source, config, model_config.vocab_size)
+    lines = read_metrics(source / files.METRICS) if (source / files.METRICS).exists() else []
+    page = card(target.name, config, lines, sum(x.numel() for x in weights.values()), to)
+    with _new_folder(target):
+        files.save_weights(target / files.WEIGHTS, shrink(weights, to))
+        files.write_atomically(target / files.TOKENIZER, tokenizer.save)
+        if lines:
+            copy = partial(shutil.copyfile, source / files.METRICS)
+            files.write_atomically(target / files.METRICS, copy)
+        files.write_atomically(target / CARD, lambda beside: files.write_text(beside, page))
+        files.save_json(target / files.CONFIG, config)
+    size = (target / files.WEIGHTS).stat().st_size
+    return (
+        f"{target}: {readable_bytes(size)} of weights in {to}. Measure what that costs: ebb eval "
+        f"{shlex.quote(str(target))}; then complete {CARD}.\n"
+    )
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -237,7 +285,7 @@ def _new_folder(folder: Path) -> Iterator[None]:
         if not was_there:
             shutil.rmtree(folder, ignore_errors=True)
         else:
-            for name in (files.WEIGHTS, files.TOKENIZER, files.CONFIG):
+            for name in (files.WEIGHTS, files.TOKENIZER, files.METRICS, CARD, files.CONFIG):
                 (folder / name).unlink(missing_ok=True)
         raise
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data.loader import Batch
-from model.language_model import LanguageModel
+from model.language_model import LanguageModel, shapes_only
 from train.carry import Carry
 from train.config import TrainConfig
 from train.context_parallel import check_constant, pass_states
@@ -222,8 +222,7 @@ class Ranks(Together):
         weights = self.whole(model.state_dict())
         if not self.is_main:
             return None
-        with torch.device("meta"):
-            alone = LanguageModel(model.config)
+        alone = shapes_only(model.config)
         alone.to_empty(device=self.device).load_state_dict(weights)
         return alone
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import ModelConfig
-from model.language_model import LanguageModel
+from model.language_model import shapes_only
 from model.ops import OPS, Op
 
 PASSES = 3
@@ -68,9 +68,8 @@ def training_flops_per_token(shape: ModelConfig, context: int) -> float:
 
     Takes no time and no memory to speak of: the model has shapes, but no numbers.
     """
-    with torch.device("meta"):
-        model = LanguageModel(shape)
-        tokens = torch.zeros(1, context, dtype=torch.long)
+    model = shapes_only(shape)
+    tokens = torch.zeros(1, context, dtype=torch.long, device="meta")
     counter = FlopCounterMode(display=False)
     with _ops_counted() as spent, torch.no_grad(), counter:
         model(tokens)

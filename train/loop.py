@@ -39,7 +39,15 @@ from train.run_instruments import RunInstruments
 from train.sampling import sample_text
 from train.schedule import rate_factor
 from train.snapshot import Snapshot, whole_tokenizer
-from train.starting import dropout, epochs, final_fraction, new_model, seed_dropout
+from train.starting import (
+    dropout,
+    epochs,
+    final_fraction,
+    new_model,
+    seed_dropout,
+    steps,
+    warmup,
+)
 from train.trackers import start_trackers
 
 
@@ -127,6 +135,7 @@ class _Run:
         self._validation_batches()  # refuses a text that is too short before anything is trained
         torch.manual_seed(config.seed)
         self.model = new_model(config, self.data.tokenizer, is_resumed=resumed is not None)
+        self.steps = steps(config, self.data.train.tokens.size)
         self.dropout = dropout(config, self.data.train.tokens.size)
         self.model.set_dropout(self.dropout)
         model_config = self.model.config
@@ -163,19 +172,19 @@ class _Run:
         if announce:
             self._announce()
         try:
-            return self._run(min(until, self.config.steps))
+            return self._run(min(until, self.steps))
         except KeyboardInterrupt:
             raise Interrupted(f"Stopped at once; {self.files.how_to_go_on()}") from None
 
     def _run(self, until: int) -> TrainResult | None:
         config, progress = self.config, self.progress
-        every = config.eval_every or max(1, config.steps // 10)
+        every = config.eval_every or max(1, self.steps // 10)
         save_every = config.save_every or every
         sample_every = every if config.sample_every is None else config.sample_every
         validation: Evaluation | None = None
         with (
             stop_on_signal(self.display.say, LAUNCHER_ECHO * (self.ranks.count > 1)) as stop,
-            self.display.noted_task("Step", config.steps, progress.step) as show,
+            self.display.noted_task("Step", self.steps, progress.step) as show,
         ):
             note, is_due = "", False
             while progress.step < until and not self.ranks.any(stop.requested):
@@ -184,7 +193,7 @@ class _Run:
                 loss, norm = self._step(batch)
                 num_bytes = int(self.data.token_bytes[batch.targets.numpy()].sum())
                 progress.add(loss, norm, config.clip, time.perf_counter() - start, num_bytes)
-                is_last = progress.step == config.steps
+                is_last = progress.step == self.steps
                 is_given_up = progress.skipped_in_a_row >= config.max_skipped
                 if progress.step % config.log_every == 0 or is_last or is_given_up:
                     self._log()
@@ -201,11 +210,11 @@ class _Run:
                     self._save(is_good=True)
                     is_due = False
                 show(progress.step, self._note(loss, num_bytes) + note)
-            if progress.step < config.steps:
+            if progress.step < self.steps:
                 self._save(is_good=not progress.skipped_in_a_row)
                 if not self.ranks.any(stop.requested):
                     return None
-                done = f"Saved after step {progress.step} of {config.steps}"
+                done = f"Saved after step {progress.step} of {self.steps}"
                 raise Interrupted(f"{done}; {self.files.how_to_go_on()}")
         self.instruments.draw(self.model, self._validation_batches(), self.data.tokenizer)
         if validation is None:  # resumed when nothing was left to do
@@ -222,8 +231,8 @@ class _Run:
         """One step; its loss and the norm of its gradient, which is applied if both are finite."""
         factor = rate_factor(
             self.progress.step,
-            steps=self.config.steps,
-            warmup=self._warmup(),
+            steps=self.steps,
+            warmup=warmup(self.config, self.steps),
             final_fraction=final_fraction(self.config),
             schedule=self.config.schedule,
         )
@@ -239,12 +248,6 @@ class _Run:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
-
-    def _warmup(self) -> int:
-        steps = self.config.steps
-        if self.config.warmup is not None:
-            return self.config.warmup
-        return min(max(10, steps // 50), steps - 1)
 
     def _log(self) -> None:
         self._write_metrics(
@@ -335,11 +338,12 @@ class _Run:
 
     def _announce(self) -> None:
         config, data = self.config, self.data
+        cut = f" in {self.steps:,} of {config.steps:,} steps" if self.steps < config.steps else ""
         self.display.say(
             f"{config.mixer} {config.size}: {self.model.num_parameters():,} parameters, "
             f"{data.tokenizer.name} tokenizer ({data.tokenizer.vocab_size:,}), {data.name}: "
             f"{data.train.tokens.size:,} training tokens, "
-            f"{epochs(config, data.train.tokens.size):.2f} epochs, "
+            f"{epochs(config, data.train.tokens.size):.2f} epochs{cut}, "
             f"{f'dropout {self.dropout:g}, ' if self.dropout else ''}"
             f"{torch.get_num_threads()} threads -> {self.folder}"
         )

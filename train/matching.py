@@ -3,17 +3,14 @@
 import dataclasses
 import math
 
-import torch
-
 from model.config import ModelConfig
-from model.language_model import LanguageModel
+from model.language_model import shapes_only
 from model.layers import MIXERS
 
 
 def num_parameters(config: ModelConfig) -> int:
     """Of a model of that shape, counted without allocating it."""
-    with torch.device("meta"):
-        return LanguageModel(config).num_parameters()
+    return shapes_only(config).num_parameters()
 
 
 def matched(config: ModelConfig, parameters: int) -> ModelConfig:

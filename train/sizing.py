@@ -8,10 +8,8 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 
-import torch
-
 from model.config import SIZES, ModelConfig
-from model.language_model import LanguageModel
+from model.language_model import shapes_only
 from model.presets import complete
 from train.readable import readable_bytes, readable_count
 
@@ -82,8 +80,7 @@ class Sizing:
 
 def sizing(name: str, config: ModelConfig) -> Sizing:
     """Of a shape; nothing is allocated."""
-    with torch.device("meta"):
-        model = LanguageModel(config)
+    model = shapes_only(config)
     parameters = model.num_parameters()
     embedding = model.embedding.weight.numel()
     return Sizing(name, parameters, parameters - embedding, config.num_layers, config.d_model)

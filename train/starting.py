@@ -79,9 +79,23 @@ def final_fraction(config: TrainConfig) -> float:
     return recipe_of(parse_mixer(config.mixer)[0]).final_fraction
 
 
+def steps(config: TrainConfig, num_tokens: int) -> int:
+    """Those of a run on a text of so many tokens."""
+    if config.max_epochs is None:
+        return config.steps
+    most = config.max_epochs * num_tokens / (config.batch_size * config.context)
+    return min(config.steps, max(1, int(most)))
+
+
+def warmup(config: TrainConfig, steps: int) -> int:
+    """Steps of linear warm-up in a run of so many."""
+    given = max(10, steps // 50) if config.warmup is None else config.warmup
+    return min(given, steps - 1)
+
+
 def epochs(config: TrainConfig, num_tokens: int) -> float:
     """How often a run reads a text of so many tokens."""
-    return config.steps * config.batch_size * config.context / num_tokens
+    return steps(config, num_tokens) * config.batch_size * config.context / num_tokens
 
 
 def dropout(config: TrainConfig, num_tokens: int) -> float:

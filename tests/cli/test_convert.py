@@ -344,11 +344,14 @@ def test_exports_that_cannot_be(imported, tmp_path, said):
     out = tmp_path / "a.pth"
     for target in ("a.bin", "folder"):
         sentence = said("convert", imported, tmp_path / target)
-        assert "must end in .pth or .safetensors: a run becomes a file." in sentence
+        assert (
+            "must end in .pth or .safetensors: a run becomes a file, or with --weights a folder."
+            in sentence
+        )
     assert "There is no folder " in said("convert", imported, tmp_path / "no" / "a.pth")
     for flag, value in (("--tokenizer", "bytes"), ("--group-norm-eps", "1e-5")):
         sentence = said("convert", imported, out, flag, value)
-        assert sentence.startswith(f"{flag[2:]} has no place in an official checkpoint")
+        assert sentence.startswith(f"{flag[2:]} is for an official checkpoint that comes in")
     assert "is not a checkpoint: it holds no config.json" in said("convert", tmp_path, out)
     sentence = said("convert", write_official(tmp_path / "b.pth"), tmp_path / "c.pth")
     assert "is the name of a file: a checkpoint is imported into a folder" in sentence

@@ -156,3 +156,14 @@ def test_text_is_never_read_as_markup(capsys):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_writing_starts_without_the_compiler(random_run):
+    """Importing it takes longer than PyTorch and all of Ebb together."""
+    script = (
+        "import sys; from train.cli import main; "
+        f"code = main(['generate', {str(random_run)!r}, '--prompt', 'a', '--tokens', '3']); "
+        "sys.exit(code or 'torch._dynamo' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 0

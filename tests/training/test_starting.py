@@ -72,21 +72,34 @@ def test_recipe_trains_and_resumes(workshop, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("steps", "flags", "share"),
-    [(2, (), "0"), (24, (), "0.1"), (48, (), "0.2"), (48, ("--dropout", "0.3"), "0.3")],
+    ("steps", "flags", "made", "share"),
+    [
+        (2, (), 2, "0"),
+        (24, (), 24, "0.1"),
+        (48, (), 40, "0.2"),
+        (48, ("--dropout", "0.3", "--max-epochs", "11"), 44, "0.3"),
+    ],
 )
-def test_recipe_leaves_out_more_the_more_often_a_text_is_read(
-    workshop, tmp_path, capsys, steps, flags, share
+def test_recipe_minds_how_often_a_text_is_read(
+    workshop, tmp_path, capsys, steps, flags, made, share
 ):
-    text = workshop / "text.txt"
+    text, context = workshop / "text.txt", 64
     tokens = int(0.9 * len(text.read_bytes()))
-    context = 64
     run = ["train", "--recipe", "cpu-2min", "--data", text, *TINY, "--size", "1x32", *flags]
-    run += ["--steps", str(steps), "--warmup", "0", "--out", tmp_path, "--context", str(context)]
-    run += ["--batch-size", str(tokens // context // 4)]  # a quarter of an epoch a step
+    run += ["--steps", str(steps), "--warmup", str(steps - 1), "--out", tmp_path]
+    run += [
+        "--context",
+        str(context),
+        "--batch-size",
+        str(tokens // context // 4),
+    ]  # a quarter of an epoch a step
     assert ebb(*run) == 0
     said = capsys.readouterr().err.splitlines()[0]
     assert (f"dropout {share}," in said) if share != "0" else "dropout" not in said, said
+    assert (f"in {made} of {steps} steps" in said) == (made < steps)
+    lines = metrics(tmp_path)
+    assert lines[-1]["step"] == made
+    assert all(line["step"] <= made for line in lines)
 
 
 @pytest.fixture(scope="module")

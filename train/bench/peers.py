@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig, Size
-from model.language_model import LanguageModel
+from model.language_model import LanguageModel, shapes_only
 from model.layers.mamba2 import Mamba2, Mamba2Options
 from model.pretrained import to_official
 from train.bench.contenders import Contender, Running, count, shape_of
@@ -184,8 +184,7 @@ def _ffn_dim(shape: ModelConfig) -> int:
     """Width of our channel mix."""
     if shape.ffn_dim is not None:
         return shape.ffn_dim
-    with torch.device("meta"):
-        mix: Any = LanguageModel(shape).blocks[0].channel_mix
+    mix: Any = shapes_only(shape).blocks[0].channel_mix
     widest: int = max(p.shape[0] for p in mix.parameters())
     return widest
 

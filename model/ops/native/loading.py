@@ -93,10 +93,14 @@ def library() -> Library:
     return found
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types
 def is_available() -> bool:
     """Whether the native kernels can run; a compiler takes the answer, and not how it is found."""
     return _switch["on"] and _load()[0] is not None
+
+
+# What `torch.compiler.assume_constant_result` does, which would import the compiler, and that takes
+# longer than PyTorch itself.
+vars(is_available)["_dynamo_marked_constant"] = True
 
 
 @contextmanager

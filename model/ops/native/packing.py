@@ -90,8 +90,20 @@ def rounded(matrix: Tensor, weights: str) -> Tensor:
         return matrix.float()
     if weights == "bf16":
         return matrix.bfloat16().float()
+    return dequantized(*quantized(matrix, weights))
+
+
+def quantized(matrix: Tensor, weights: str) -> tuple[Tensor, Tensor]:
+    """The integers `[R, C]` int8 and scales `[R, N]` bfloat16 of an integer format."""
+    rows, columns = matrix.shape
     integers, scales = _quantize(_filled_up(matrix.detach().float(), BLOCK), weights)
-    return (integers * scales.float()[..., None]).flatten(1)[: matrix.shape[0], : matrix.shape[1]]
+    return integers.flatten(1)[:rows, :columns].to(torch.int8), scales[:rows]
+
+
+def dequantized(integers: Tensor, scales: Tensor) -> Tensor:
+    """The matrix `[R, C]` of `quantized`, as float32."""
+    by_column = scales.float().repeat_interleave(BLOCK, dim=1)
+    return integers * by_column[:, : integers.shape[1]]
 
 
 def _filled_up(matrix: Tensor, columns: int) -> Tensor:
