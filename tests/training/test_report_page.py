@@ -210,11 +210,13 @@ def test_in_a_browser(tmp_path):
             assert browser.requests() == [report.as_uri()]
             assert browser.run("document.documentElement.scrollWidth") <= width
             smallest = browser.run(
-                "Math.min(...Array.from(document.querySelectorAll('figure svg[role]'),"
+                "Math.min(...Array.from(document.querySelectorAll('figure > svg[role]'),"
                 "(x) => Math.min(x.getBoundingClientRect().width / 300,"
                 " x.getBoundingClientRect().height / 80)))"
             )
             assert smallest >= 1, "a chart is too small"
+            widths = "Array.from(document.querySelectorAll('.maps svg'), (x) => x.clientWidth)"
+            assert browser.run(f"Math.min(...{widths})") >= 150, "a heat map is too small"
             inks[width, scheme] = browser.run(
                 "[getComputedStyle(document.body).backgroundColor,"
                 " getComputedStyle(document.querySelector('svg text')).fill]"

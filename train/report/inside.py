@@ -151,13 +151,14 @@ def _course_note(models: Sequence[Mapping[str, Any]], lines: Sequence[Line], kin
             (_, first), *_, (_, last) = line.points
             shown = f"from {three_digits(first)} to {three_digits(last)}"
             changes.append(f"{models[line.mixer]['mixer']} {shown}")
-    which = {max: "largest", min: "smallest"}.get(kind.of_layers, "mean")
+    which = "largest" if kind.of_layers is max else "smallest" if kind.of_layers is min else "mean"
     return f"The {which} of all layers went, in training: {', '.join(changes)}."
 
 
 def _along_note(models: Sequence[Mapping[str, Any]], lines: Sequence[Line], kind: Kind) -> str:
     """Whose state still grows at the end of the text."""
-    grown, steady = [], []
+    grown: list[str] = []
+    steady: list[str] = []
     for line in lines:
         if len(line.points) > 1:
             name, (_, before), (_, last) = models[line.mixer]["mixer"], *line.points[-2:]
