@@ -158,6 +158,46 @@ def with_tasks(one, recall, parity):
     return one
 
 
+KINDS = {
+    "attention_norm": 6.0,
+    "attention_entropy": 2.5,
+    "attention_span": 30.0,
+    "smallest_divisor": 0.002,
+    "state_norm": 4.0,
+    "state_rank": 5.5,
+    "half_life": 25.0,
+    "gradient_norm": 0.3,
+}
+"""What the instruments read, and about how much."""
+
+
+def with_instruments(one, factor=1.0, without=(), layers=4, words=24):
+    """Readings at two validations, growing with the layer and in training; and heat maps."""
+    kinds = {name: factor * value for name, value in KINDS.items() if name not in without}
+    for run in one["runs"]:
+        whole = {
+            f"{name}.layer{n}": value * (1 + n / 2)
+            for name, value in kinds.items()
+            for n in range(4)
+        }
+        along = {
+            f"{name}.layer{n}.token{at}": kinds[name] * at / 256
+            for name in ("state_norm", "state_rank")
+            if name in kinds
+            for n in range(layers)
+            for at in (64, 128, 192, 256)
+        }
+        root = {"attention_norm.sqrt_tokens": 16.0}
+        early = {"tokens": 100_000} | root | {name: v / 2 for name, v in whole.items()}
+        run["instruments"] = [early, {"tokens": 1_024_000} | root | whole | along]
+    rows = [[1.0 / (1 + n - m) for m in range(n + 1)] for n in range(words)]
+    shares = [" ".join(f"{1000 * x / sum(row):.0f}" for x in row) for row in rows]
+    title = "softmax" if one["mixer"] == "attention" else one["mixer"]
+    maps = {"title": title, "words": [" word"] * words, "layers": {"0": shares, "3": shares}}
+    one["attention"] = [maps]
+    return one
+
+
 def everything():
     """Results with all that a comparison may hold: three mixers, and one that diverged once."""
     models = [
@@ -174,4 +214,8 @@ def everything():
     )
     for one, (recall, parity), harm in zip(models, accuracies, (0, 0.4, 0, 0.02), strict=True):
         with_tasks(with_lengths(one, harm), recall, parity)
+    states = ("state_norm", "state_rank", "half_life")
+    with_instruments(models[0], 1.2, without=("smallest_divisor",))
+    with_instruments(models[1], 0.9, without=("smallest_divisor", *states))
+    with_instruments(models[2], without=("half_life",))
     return with_flops(results(*models), (8.1e6, 8.9e6, 8.4e6, 7.9e6))

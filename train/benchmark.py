@@ -166,7 +166,7 @@ def measure_decoding(
                 context,
                 Measurement.of([1e3 * seconds for seconds in spent[name, context]]),
                 states.num_bytes(at[name]),
-                _peak_memory(model, at[name]),
+                peak_memory(model, at[name]),
             )
             for context, at in zip(contexts, states_at, strict=True)
         ]
@@ -174,7 +174,7 @@ def measure_decoding(
     }
 
 
-def _peak_memory(model: LanguageModel, state: ModelState) -> int:
+def peak_memory(model: LanguageModel, state: ModelState) -> int:
     """While two tokens are read: the first may have to move a cache, the second has it moved."""
     engine = engine_if_any(model, state)
     held = sum(p.numel() * p.element_size() for p in model.parameters()) + states.num_bytes(state)

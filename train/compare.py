@@ -156,7 +156,7 @@ def _tune(config: CompareConfig, plan: dict[str, Any], runs: Runs, display: Disp
     if config.tune and plan["tuning"] is None:
         folder = config.folder / "tune"
         like = {
-            name: dataclasses.replace(run, seed=config.seeds, out=folder)
+            name: dataclasses.replace(run, seed=config.seeds, out=folder, instruments=None)
             for name, run in runs.items()
         }
         trials = tune(like, config.tune, plan["turns"], display)
@@ -201,6 +201,7 @@ def _runs(config: CompareConfig, shapes: dict[str, ModelConfig], plan: dict[str,
             ffn_dim=shape.ffn_dim,
             threads=config.threads,
             eval_tokens=config.eval_tokens,
+            instruments=config.instruments,
             sample_every=0,
             resume=True,
         )

@@ -297,6 +297,10 @@ class CompareConfig:
     """Training of each model at each task; 2000 if not given."""
     eval_tokens: int = 65_536
     """Validation tokens, spread evenly over the text."""
+    instruments: str | None = None
+    """What else to look at in every validation of every run: attention, states, decays, gradients,
+    with commas between, or all; the report shows it by layer, and attention as heat maps. The
+    losses stay the same; the time that looking takes counts for no mixer's training."""
     prompt: str = "The"
     """What the samples go on from."""
     threads: int | None = None
@@ -328,6 +332,10 @@ class CompareConfig:
             raise ValueError(f"extrapolate must be 0, 1, 2, 4, ..., but is {self.extrapolate}")
         if not self.prompt:
             raise ValueError("prompt must not be empty: give the samples a word to go on from")
+        if self.instruments is not None:
+            from train.instruments import parse_instruments
+
+            parse_instruments(self.instruments)
         Budget.parse(self.budget)
         _ = self.lengths
 

@@ -74,8 +74,8 @@ def set_title(axes: Axes, text: str) -> None:
 def save(figure: Figure, note: str, path: Path) -> None:
     """The same results give the same bytes: no date, and no version of matplotlib."""
     figure.supxlabel(note, x=0.01, ha="left", fontsize=8.5, color=QUIET)
-    metadata = {"Software": None}
-    write_atomically(path, lambda beside: figure.savefig(beside, format="png", metadata=metadata))
+    options: dict[str, Any] = {"format": "png", "metadata": {"Software": None}, "dpi": figure.dpi}
+    write_atomically(path, lambda beside: figure.savefig(beside, **options))
 
 
 def say_empty(axes: Axes, text: str) -> None:

@@ -25,8 +25,13 @@ PASSES = 3
 
 
 def additive_flops(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> float:
-    """`S = decay S + k v^T`, `o = q S`: a product and a sum for each entry of S, twice."""
+    """`S = decay S + k v^T`, `o = q S`: a product and a sum for each entry of S, twice.
+
+    A normaliser is one more column of S.
+    """
     entries = _state_entries(k, v)
+    if options.get("normalize"):
+        entries += k.shape[-1] * v.numel() / v.shape[-1]
     return entries * (4 + _is_given(options, "log_decay"))
 
 

@@ -1,19 +1,28 @@
 """Runs side by side while they train: a table, a row a run, with the course of its loss."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from train import checkpoint as files
 from train.metrics import read_metrics
 
 BARS = "▁▂▃▄▅▆▇█"
-WIDTH = 24
-"""Characters of the course of a loss."""
+LEAST_WIDTH, WIDTH = 8, 24
+"""Characters of the course of a loss; where there is not even the least, it is left out."""
+HEAD = ("run", "step", "tok/s", "loss", "val bits/B")
+GAP = 2
+"""Spaces between columns."""
+BROKEN_OFF = "diverged"
+"""Stands in the place of the loss."""
 
 
 class RunTable:
@@ -27,34 +36,49 @@ class RunTable:
         self._runs = runs
         self._read: dict[Path, tuple[int, list[dict[str, Any]]]] = {}
 
-    def __rich__(self) -> Table:
-        """The table as it is now."""
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column("run", no_wrap=True)
-        for name in ("step", "tok/s", "loss", "val bits/B"):
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The table as it is now, in the width that there is."""
+        rows = [(name, *self._cells(name)) for name in self._runs]
+        widths = [
+            max(cell_len(text) for text in column) for column in zip(HEAD, *rows, strict=True)
+        ]
+        room = options.max_width - sum(widths) - GAP * len(HEAD)
+        table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
+        table.add_column(HEAD[0], overflow="fold")
+        for name in HEAD[1:]:
             table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
-        for name in self._runs:
-            table.add_row(name, *self._cells(name))
-        return table
+        has_course = room >= LEAST_WIDTH
+        if has_course:
+            table.add_column("", no_wrap=True)
+        for name, *cells in rows:
+            course = [sparkline(self._losses(name), min(WIDTH, room))] if has_course else []
+            table.add_row(*(Text(text) for text in (name, *cells, *course)))
+        yield table
 
     def line(self, name: str) -> str:
         """The row of one run, for where there is no table."""
-        step, _, loss, bits, course = self._cells(name)
+        step, _, loss, bits = self._cells(name)
+        words = [f"step {step}", sparkline(self._losses(name)), f"loss {loss}" if loss else ""]
+        if loss == BROKEN_OFF:
+            words[-1] = loss
         validation = f", validation {bits} bits/byte" if bits else ""
-        return f"step {step}  {course}  loss {loss}{validation}"
+        return "  ".join(word for word in words if word) + validation
 
-    def _cells(self, name: str) -> tuple[str, str, str, str, str]:
+    def _cells(self, name: str) -> tuple[str, str, str, str]:
         folder, steps = self._runs[name]
         lines = self._lines(folder)
-        losses = [line["loss"] for line in lines if "loss" in line]
+        is_over = (folder / files.DIVERGED).exists()
         return (
             f"{lines[-1]['step'] if lines else 0:,}/{steps:,}",
             _last(lines, "tokens_per_second", ",.0f"),
-            _last(lines, "loss", ".3f"),
+            BROKEN_OFF if is_over else _last(lines, "loss", ".3f"),
             _last(lines, "validation_bits_per_byte", ".3f"),
-            sparkline(losses),
         )
+
+    def _losses(self, name: str) -> list[float]:
+        """All that are numbers."""
+        lines = self._lines(self._runs[name][0])
+        return [line["loss"] for line in lines if math.isfinite(line.get("loss", math.nan))]
 
     def _lines(self, folder: Path) -> list[dict[str, Any]]:
         """Read again only when the file has changed: a live display asks some times a second."""

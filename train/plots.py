@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from train.attention_maps import save_maps
 from train.figure import (
+    INK,
     context_axis,
     panel_rows,
     panels,
@@ -20,6 +22,7 @@ from train.figure import (
 )
 from train.lengths_plot import save_lengths_plot
 from train.readable import listed, readable_flops, readable_seconds, short_context
+from train.report import heat, inside
 from train.report.chart import (
     SKIPPED_START,
     Chart,
@@ -33,6 +36,8 @@ from train.report.outcomes import divergence, equal_time, finite, growing, leade
 from train.report.studies import length_studies
 
 LONGEST_TITLE = 51
+MANY = 6
+"""Charts in a figure; with more of them it has half the resolution, or its file would be large."""
 TRAINING = {"linewidth": 0.7, "alpha": 0.3, "zorder": 2}
 
 
@@ -56,6 +61,12 @@ def save_plots(results: dict[str, Any], folder: Path) -> list[str]:
     if charts := task_charts(models):
         save_charts(charts, [model["mixer"] for model in models], folder / "tasks.png")
         names.append("tasks.png")
+    if charts := inside.charts(models):
+        save_charts(charts, [model["mixer"] for model in models], folder / "instruments.png")
+        names.append("instruments.png")
+    if maps := heat.attention_of(models):
+        save_maps(maps, folder / "attention.png")
+        names.append("attention.png")
     return names
 
 
@@ -119,12 +130,21 @@ def save_charts(charts: Sequence[Chart], names: Sequence[str], path: Path) -> No
             context_axis(axes, [int(tick) for tick in chart.x.ticks])
         else:
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if chart.y.log:
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            axes.yaxis.set_major_formatter(ticks(chart.y.text))
+        if chart.level is not None:
+            axes.axhline(chart.level, color=INK, linestyle="--", linewidth=1.2, zorder=1)
         if chart.y.limits is not None:
             low, high = chart.y.limits
             axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
         axes.set_xlabel(chart.x.label)
         axes.set_ylabel(chart.y.label)
         set_title(axes, chart.title)
+    if len(charts) > MANY:
+        figure.set_dpi(figure.dpi / 2)
     save(figure, "", path)
 
 

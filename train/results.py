@@ -5,7 +5,7 @@ import itertools
 import platform
 import shlex
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,25 @@ from model.config import ModelConfig
 from model.language_model import LanguageModel
 from train import benchmark
 from train import checkpoint as files
+from train.attention_maps import attention_maps
 from train.budget import Budget
 from train.config import CompareConfig
 from train.flops import training_flops_per_token
+from train.instruments import parse_instruments
 from train.lengths import study_lengths, study_size
 from train.loop import TrainResult
 from train.metrics import read_metrics
 from train.prepare import PreparedData
 from train.progress import Display
+from train.report.outcomes import is_softmax
 from train.sampling import sample_text
 from train.tuning import Trial, best_rate
 from train.turns import Divergence, Outcome
 
 TRAINING_ROUNDS = 8
 DECODED_TOKENS = 80
+LOOKED_AT = 512
+"""Validation tokens among which a sentence is looked for."""
 FEWEST_SPANS = 2
 """Of the longest windows, where the text holds them: one alone gives no margin."""
 
@@ -121,6 +126,7 @@ def measure(
                     "prompt": config.prompt,
                     "text": "" if trained[name] is None else _sample(config, model, data),
                 },
+                "attention": None if trained[name] is None else _attention(config, model, data),
                 "tasks": None,
             }
             for name, model in models.items()
@@ -144,6 +150,17 @@ def _first_trained(made: list[tuple[int, Outcome]]) -> LanguageModel | None:
 def _sample(config: CompareConfig, model: LanguageModel, data: PreparedData) -> str:
     text = sample_text(model, data.tokenizer, tokens=120, seed=0, prompt=config.prompt)
     return text.removeprefix(config.prompt)
+
+
+def _attention(
+    config: CompareConfig, model: LanguageModel, data: PreparedData
+) -> list[dict[str, Any]] | None:
+    """Heat maps, where the instruments look at attention; softmax must be among them."""
+    if config.instruments is None or "attention" not in parse_instruments(config.instruments):
+        return None
+    text = data.tokenizer.decode(data.validation.tokens[:LOOKED_AT].tolist())
+    with_softmax = not any(map(is_softmax, config.names))
+    return attention_maps(model, data.tokenizer, text, with_softmax=with_softmax)
 
 
 def _lengths(
@@ -198,6 +215,7 @@ def _run_record(seed: int, outcome: Outcome, folder: Path) -> dict[str, Any]:
             for line in lines
             if "validation_loss" in line
         ],
+        "instruments": _readings(lines),
     }
     if isinstance(outcome, Divergence):
         return record | {"diverged": {"step": outcome.step, "reason": outcome.reason}}
@@ -205,6 +223,17 @@ def _run_record(seed: int, outcome: Outcome, folder: Path) -> dict[str, Any]:
         "validation_loss": outcome.validation.loss,
         "validation_bits_per_byte": outcome.validation.bits_per_byte,
     }
+
+
+def _readings(lines: Sequence[dict[str, Any]]) -> list[dict[str, float]] | None:
+    """What the instruments said at each validation; of heads and of parts the last word alone."""
+    found = [
+        {"tokens": line["tokens"]} | {name: line[name] for name in line if "." in name}
+        for line in lines
+        if any("." in name for name in line)
+    ]
+    few = [{name: v for name, v in one.items() if name.count(".") < 2} for one in found[:-1]]
+    return [*few, *found[-1:]] or None
 
 
 def _counting(show: Callable[[int], None]) -> Callable[[], None]:

@@ -19,8 +19,6 @@ from train.progress import Display
 from train.run_folder import Diverged
 from train.snapshot import newest_before
 
-DIVERGED = "diverged.json"
-"""In the folder of a run that diverged: the step, and the reason."""
 TURN_SECONDS = 15.0
 """A turn lasts about as long; shorter ones would spend their time in building models."""
 MOST_TURNS = 10
@@ -84,7 +82,7 @@ def _all_turns(
 
 def _until(run: TrainConfig, step: int, display: Display, *, announce: bool) -> Outcome | None:
     """How the run ended; None if it has not come to its end."""
-    record = run.folder / DIVERGED
+    record = run.folder / files.DIVERGED
     if record.exists():
         return Divergence(run.folder, **json.loads(record.read_text(encoding="utf-8")))
     try:

@@ -161,7 +161,7 @@ def test_every_heading_of_a_measured_table_is_a_button(source, parsed):
 
 def test_every_chart_says_what_it_shows(parsed):
     pictures = [a for a in parsed.all("svg") if a.get("role") == "img"]
-    assert len(pictures) == len(parsed.all("figure")) == 12
+    assert len(pictures) == len(parsed.all("figure")) + 3 == 12 + 14 + 6
     ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     for picture in pictures:
@@ -210,11 +210,13 @@ def test_in_a_browser(tmp_path):
             assert browser.requests() == [report.as_uri()]
             assert browser.run("document.documentElement.scrollWidth") <= width
             smallest = browser.run(
-                "Math.min(...Array.from(document.querySelectorAll('figure svg[role]'),"
+                "Math.min(...Array.from(document.querySelectorAll('figure > svg[role]'),"
                 "(x) => Math.min(x.getBoundingClientRect().width / 300,"
                 " x.getBoundingClientRect().height / 80)))"
             )
             assert smallest >= 1, "a chart is too small"
+            widths = "Array.from(document.querySelectorAll('.maps svg'), (x) => x.clientWidth)"
+            assert browser.run(f"Math.min(...{widths})") >= 150, "a heat map is too small"
             inks[width, scheme] = browser.run(
                 "[getComputedStyle(document.body).backgroundColor,"
                 " getComputedStyle(document.querySelector('svg text')).fill]"

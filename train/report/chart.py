@@ -55,6 +55,8 @@ class Chart(NamedTuple):
     y: Axis
     lines: list[Line]
     note: str = ""
+    level: float | None = None
+    """A value to draw a dashed line at."""
 
 
 class Estimates(NamedTuple):

@@ -12,9 +12,10 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from train.report import chart, prose, svg, tables
+from train.report import chart, heat, inside, prose, svg, tables
 from train.report.findings import Section, summary
 from train.report.outcomes import finite, samples
+from train.report.tables import INSIDE
 from train.report.text import safe
 
 FEW = 6
@@ -39,6 +40,7 @@ def page(results: dict[str, Any]) -> str:
         "Learning rates tried": chart.tuning_charts(models),
         "Generation": chart.generation_charts(models),
         "Longer contexts": chart.length_charts(models),
+        INSIDE: inside.charts(models),
         **{found.title: [found] for found in chart.task_charts(models)},
     }
     body += [
@@ -47,7 +49,7 @@ def page(results: dict[str, Any]) -> str:
         f"{pictures.row(drawn.get(table.title, []))}</div></section>"
         for table in tables.tables(results)
     ]
-    body += [_samples(models), _recipe(results)]
+    body += [_attention(models), _samples(models), _recipe(results)]
     body.append(f"<section><h2>Limits</h2><p>{safe(prose.limits(results))}</p></section>")
     return _document(title, "\n".join(part for part in body if part))
 
@@ -149,6 +151,18 @@ def _heading(name: str, *, sortable: bool) -> str:
     if not sortable or not name:
         return f'<th scope="col">{safe(name)}</th>'
     return f'<th scope="col" aria-sort="none"><button type="button">{safe(name)}</button></th>'
+
+
+def _attention(models: Sequence[dict[str, Any]]) -> str:
+    maps = heat.attention_of(models)
+    if not maps:
+        return ""
+    shown = [
+        f'<figure><h3>{safe(title)}</h3><div class="maps">{pictures}</div></figure>'
+        for title, pictures in heat.figures(maps, "map")
+    ]
+    note = f"<p class=note>{safe(heat.note(maps))}</p>"
+    return f"<section><h2>Attention on one sentence</h2>{note}{''.join(shown)}</section>"
 
 
 def _samples(models: Sequence[dict[str, Any]]) -> str:

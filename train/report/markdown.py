@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.report import prose, tables
+from train.report import heat, inside, prose, tables
 from train.report.findings import summary
 from train.report.outcomes import samples
 from train.report.text import printable
@@ -15,10 +15,16 @@ PLOTS = {
     "generation.png": "Time per token and memory for the state against context",
     "lengths.png": "Loss by position and by the length of the window",
     "tasks.png": "Accuracy at each task",
+    "instruments.png": "What the instruments read, by layer, over training and along the text",
+    "attention.png": "Heat maps of the attention of each model, by layer",
 }
 """What each picture shows, which is its text for those who cannot see it."""
 
-ABOVE = {"generation.png": "Generation", "lengths.png": "Longer contexts"}
+ABOVE = {
+    "generation.png": "Generation",
+    "lengths.png": "Longer contexts",
+    "instruments.png": tables.INSIDE,
+}
 """The table that a picture follows."""
 
 
@@ -41,8 +47,14 @@ def report_text(results: dict[str, Any], plots: Sequence[str] = ()) -> str:
     for table in others:
         parts += [f"## {escape_markdown(table.title)}", _table(table)]
         parts.append(escape_markdown(prose.table_note(table.title, results)))
+        if table.title == tables.INSIDE:
+            said = inside.sentences(results["models"])
+            parts.append("\n".join(f"- {escape_markdown(line)}" for line in said))
         parts += [_image(name) for name in plots if ABOVE.get(name) == table.title]
         parts += [_image("tasks.png")] if "tasks.png" in plots and table is last_task else []
+    if maps := heat.attention_of(results["models"]):
+        parts += ["## Attention on one sentence", escape_markdown(heat.note(maps))]
+        parts += [_image(name) for name in plots if name == "attention.png"]
     written = samples(results["models"])
     parts += ["## Samples"] if written else []
     parts += [_sample(model) for model in written]

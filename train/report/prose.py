@@ -6,6 +6,7 @@ from typing import Any
 from train.readable import listed, readable_count, three_digits
 from train.report.outcomes import is_softmax, num_seeds
 from train.report.paths import portable, without_folders
+from train.report.tables import INSIDE
 
 SHORTENED = "Full paths in this command were cut to their last part."
 SAME_NUMBERS = (
@@ -43,6 +44,12 @@ def table_note(name: str, results: dict[str, Any]) -> str:
         return (
             "Loss in nats per token of the last tokens of the longest windows, one training "
             "context of them, read with more and more text before them; first seed of each mixer."
+        )
+    if name == INSIDE:
+        return (
+            "As the instruments read it on a small piece of the validation text at the end of "
+            "training: means over layers and seeds, unless it says largest or smallest. The "
+            "attention of a model without one is the matrix of its parallel form."
         )
     if name == "Learning rates tried":
         return (

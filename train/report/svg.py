@@ -53,6 +53,7 @@ def draw(chart: Chart, names: Sequence[str], key: str) -> str:
     x = _scale(chart.x, [x for line in chart.lines for x, _ in line.points], LEFT, WIDTH - RIGHT)
     values = [y for line in chart.lines for _, y in line.points]
     values += [y for line in chart.lines for _, *ends in line.band for y in ends]
+    values += [] if chart.level is None else [chart.level]
     y = _scale(chart.y, values, HEIGHT - BOTTOM, TOP)
     parts = [
         f'<clipPath id="{key}-clip"><rect x="{LEFT}" y="{TOP - 4}" '
@@ -61,6 +62,8 @@ def draw(chart: Chart, names: Sequence[str], key: str) -> str:
         *_y_axis(chart.y, y),
         f'<g clip-path="url(#{key}-clip)">',
     ]
+    if chart.level is not None:
+        parts.append(f'<path class="level" d="M{LEFT} {y(chart.level):.1f}H{WIDTH - RIGHT}"/>')
     for line in sorted(chart.lines, key=lambda line: not line.faint):
         parts += _line(line, names[line.mixer], x, y, chart)
     return _svg([*parts, "</g>"], chart.title, _description(chart, names), key, HEIGHT)

@@ -14,10 +14,11 @@ from train.readable import (
     three_digits,
     with_margin,
 )
-from train.report import studies
+from train.report import inside, studies
 from train.report.outcomes import divergence, finished
 from train.report.paths import without_folders
 
+INSIDE = "Inside the models"
 MISSING = "–"  # noqa: RUF001 - a dash in a table's cell, not a minus
 
 
@@ -84,6 +85,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     models = results["models"]
     found = [_generation(models), _lengths(models)]
     found += [_task(name, models) for name in studies.tasks_of(models)]
+    found.append(_inside(models))
     return [table for table in [*found, _tuning(models), _runs(models)] if table.rows]
 
 
@@ -195,6 +197,15 @@ def _task(name: str, models: Sequence[dict[str, Any]]) -> Table:
             row.append(Cell(studies.percent(values), fmean(values)) if values else Cell(MISSING))
         rows.append(row)
     return Table(f"Task: {name}", ["point", *(m["mixer"] for m in took_part)], rows)
+
+
+def _inside(models: Sequence[dict[str, Any]]) -> Table:
+    kinds = inside.kinds_of(models)
+    rows = [
+        [Cell(m["mixer"]), *(_cell(inside.cell(m, kind), three_digits) for kind in kinds)]
+        for m in models
+    ]
+    return Table(INSIDE, ["mixer", *(inside.KINDS[k].column for k in kinds)], rows if kinds else [])
 
 
 def _runs(models: Sequence[dict[str, Any]]) -> Table:
