@@ -1,6 +1,7 @@
 """Token files read as if they were one: nothing is copied but what is cut out."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class JoinedTokens:
 
     def read(self) -> TokenArray:
         """The tokens in memory, 1-D."""
-        return np.concatenate(self._parts)
+        return cast(TokenArray, np.concatenate(self._parts))
 
     def release(self) -> None:
         """Give back the pages that were read, as `data.packing.release` does."""
