@@ -204,3 +204,28 @@ def test_time_is_turned_into_steps_once(settings, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["settings"]["steps"] == steps
     assert results["settings"]["budget"] == "2s"
+
+
+def test_instruments_read_every_run_and_change_none(settings, results, tmp_path):
+    """The models of one seed are those of the comparison without them."""
+    changes = {"seeds": 1, "instruments": "attention,states", "out": tmp_path, "extrapolate": 0}
+    with Display() as display:
+        run_comparison(CompareConfig(**{**settings, **changes}), display)
+    found = json.loads((tmp_path / "results.json").read_text())
+    for model in found["models"]:
+        (run,) = model["runs"]
+        (*_, last) = run["instruments"]
+        assert last["tokens"] == 96
+        assert 0 < last["attention_norm.layer0"] < 17
+        assert ("state_norm.layer0" in last) == (model["mixer"] == "linear_transformer")
+        (maps,) = model["attention"]
+        assert [*maps["layers"]] == [*"0123"]
+        name = f"runs/{model['mixer']}-0/model.safetensors"
+        assert (tmp_path / name).read_bytes() == (settings["out"] / name).read_bytes()
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('class="maps"') == len(NAMES)
+    assert (tmp_path / "instruments.png").exists()
+    assert (tmp_path / "attention.png").exists()
+    plain = json.loads((settings["out"] / "results.json").read_text())
+    assert all(not model.get("attention") for model in plain["models"])
+    assert not (settings["out"] / "attention.png").exists()
