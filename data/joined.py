@@ -33,7 +33,7 @@ class JoinedTokens:
 
     def read(self) -> TokenArray:
         """The tokens in memory, 1-D."""
-        return cast(TokenArray, np.concatenate(self._parts))
+        return cast("TokenArray", np.concatenate(self._parts))
 
     def release(self) -> None:
         """Give back the pages that were read, as `data.packing.release` does."""
