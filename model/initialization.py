@@ -25,7 +25,9 @@ def initialize(model: "LanguageModel") -> None:
         nn.init.uniform_(model.embedding.weight, -1e-4, 1e-4)
         orthogonal_(model.head.weight, 0.5)
     else:
-        nn.init.normal_(model.embedding.weight, std=0.02)
+        # What a block reads is normalised, what it adds is not: from GPT-2's 0.02 the stream is all
+        # additions after a few steps (Spike No More, arXiv 2312.16903). RWKV normalises it instead.
+        nn.init.normal_(model.embedding.weight, std=1.0)
         nn.init.normal_(model.head.weight, std=0.02)
     for layer, block in enumerate(model.blocks):
         for module in block.children():

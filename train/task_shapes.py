@@ -58,11 +58,11 @@ def _base(name: str, vocab_size: int, width: int, layers: int, head_dim: int) ->
 
 def _nearest(base: ModelConfig, parameters: int, aim: int) -> ModelConfig:
     if state_bytes(base, 2) != state_bytes(base, 1):
-        return matched(base, parameters)
+        return matched(base, parameters, 1)
     found, error = list[tuple[float, ModelConfig]](), ""
     for shape in _with_other_states(base):
         try:
-            shape = matched(complete(shape), parameters)
+            shape = matched(complete(shape), parameters, 1)
             held = states.num_bytes(shapes_only(shape).initial_state(1))
         except ValueError as refused:  # a width that the mixer cannot have
             error = str(refused)

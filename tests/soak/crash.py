@@ -30,6 +30,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,8 @@ def start(args: list[str], said: Path, limit: int | None = None) -> int:
         os.dup2(target, 2)
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        # A file that Python was reading when Ctrl-C came is its own; a user is not told either.
+        warnings.simplefilter("ignore", ResourceWarning)
         status = main(["train", *args])
         sys.stdout.flush()
     except BaseException:  # noqa: BLE001  # a forked child must not go on with its parent's work
