@@ -49,8 +49,7 @@ def compile_blocks(
                 loss = next_token_loss(model, batch.inputs, batch.targets, batch.reset)
                 torch.autograd.backward(loss)
     except (RuntimeError, OSError) as error:  # the compiler's own are RuntimeErrors
-        for block in blocks:
-            block._compiled_call_impl = None
+        uncompile(model)
         reason = _reason(error)
         if must:
             raise ValueError(
@@ -63,6 +62,12 @@ def compile_blocks(
         model.zero_grad(set_to_none=True)
         snapshot.set_generator_states(states)
     return True
+
+
+def uncompile(model: LanguageModel) -> None:
+    """Every block as it is written."""
+    for block in model.blocks:
+        block._compiled_call_impl = None
 
 
 @contextmanager

@@ -166,8 +166,6 @@ class TrainConfig:
             raise ValueError("choose one of --find-lr and --resume: the search keeps no checkpoint")
         if self.find_lr and self.carry_state:
             raise ValueError("--find-lr reads windows in any order: leave --carry-state out")
-        if self.shard and self.optimizer == "muon":
-            raise ValueError("muon needs whole matrices, which --shard divides: choose adamw")
         if self.precision not in ("auto", "fp32", "bf16", "fp64"):
             raise ValueError(
                 f"precision must be auto, fp32, bf16 or fp64, but is {self.precision!r}"

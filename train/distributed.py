@@ -65,13 +65,15 @@ class Ranks(Together):
                 "shard divides the model among processes, but there is one: leave it out, or start "
                 "with torchrun or accelerate launch"
             )
-        if config.carry_state and (self.count > 1 or config.accumulate > 1):
+        if config.carry_state and stretches > 1:
             raise ValueError(
-                "carry-state works in one process and with accumulate 1: leave one of them out"
+                "carry-state and context-parallel both hand the state on, to the next step and to "
+                "the next process: leave one of them out"
             )
-        if config.compile and (self.count > 1 or config.checkpoint_activations):
+        if config.compile and (config.shard or stretches > 1 or config.checkpoint_activations):
             raise ValueError(
-                "compile works in one process and without checkpoint-activations: leave it out"
+                "compile works without shard, context-parallel and checkpoint-activations, which "
+                "change what a block is: leave it out"
             )
         if self.count % stretches:
             raise ValueError(
@@ -114,7 +116,7 @@ class Ranks(Together):
         Raises:
             ValueError: for a state that cannot be passed on.
         """
-        self._model = model.to(self.device)
+        model.to(self.device)
         trainee = Trainee(model, with_state=self.count > 1)
         if self.config.checkpoint_activations:
             checkpoint_blocks(model)
@@ -140,22 +142,36 @@ class Ranks(Together):
         """The mean loss of a batch of all processes; its gradient is in the parameters."""
         total = torch.zeros((), device=self.device)
         for part in range(self.config.accumulate):
-            mine = self._share(batch, part * self.groups + self.group, self.config.accumulate)
+            mine = self.share(batch, part)
             with self.accelerator.accumulate(self.trainee):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                    loss = self.trainee(*mine) if carry is None else carry.loss(self._model, *mine)
+                    loss = self.trainee(*mine, carry, part)
                 self.accelerator.backward(loss)
             total = total + loss.detach()
         return self.mean(total / self.config.accumulate)
 
-    def _share(self, batch: Batch, part: int, parts: int) -> Batch:
+    def share(self, batch: Batch, part: int) -> Batch:
         """This process's stretch of one part of a batch, on its device."""
         return share(
             batch,
-            rows=(part, self.groups * parts),
+            rows=self._rows(part),
             stretch=(self.stretch, self.config.context_parallel),
             device=self.device,
         )
+
+    def _rows(self, part: int) -> tuple[int, int]:
+        """Which share of the rows this process reads of a part, and of how many."""
+        return part * self.groups + self.group, self.groups * self.config.accumulate
+
+    def carry(self, model: LanguageModel) -> Carry:
+        """Nothing carried yet, of the rows that are this process's; before `prepare`."""
+
+        def rows_of(tensor: Tensor, part: int) -> Tensor:
+            place, count = self._rows(part)
+            return tensor.chunk(count)[place]
+
+        gather = self.accelerator.gather
+        return Carry(model.initial_state(1), self.config.accumulate, rows_of, gather)
 
     @torch.no_grad()
     def evaluate(
@@ -230,6 +246,6 @@ class Ranks(Together):
         """After the last joint work; what was prepared is gone."""
         # First of all DDP, then the group: were DDP's the last reference to it, the group's end
         # would wait for threads of its own that wait for Python's lock, which DDP's end holds.
-        del self.trainee, self._model
+        del self.trainee
         self.accelerator.free_memory()
         self.accelerator.end_training()

@@ -20,8 +20,7 @@ from model.config import ModelConfig
 from model.layers import MIXERS
 from model.ops import OPS, native
 from train import checkpoint as files
-from train.carry import Carry
-from train.compiling import compile_blocks, uncompiled
+from train.compiling import compile_blocks, uncompile, uncompiled
 from train.config import TrainConfig
 from train.distributed import LAUNCHER_ECHO, Ranks
 from train.evaluate import Evaluation, bits_per_byte
@@ -124,7 +123,6 @@ class _Run:
         )
         if resumed is not None:
             check_data(self.folder, self.data.fingerprint)
-        self.carry = Carry() if config.carry_state else None
         self.batches = (StretchBatches if config.carry_state else TrainingBatches)(
             self.data.train.tokens,
             context=config.context,
@@ -148,19 +146,18 @@ class _Run:
         if resumed is not None:
             files.fill(self.model, resumed.weights, f"The checkpoint in {self.folder}")
             self.progress = Progress(**resumed.progress)
+        if machine.compile:
+            compiles = self._compile(must=resumed is not None)
+            machine = dataclasses.replace(machine, compile=compiles)
+        self.carry = ranks.carry(self.model) if config.carry_state else None
         ranks.prepare(self.model)
         self.optimizer = make_optimizer(self.model, self.recipe, self.rate, decay, config.optimizer)
         if resumed is not None:
             self.optimizer.load_state_dict(ranks.divided(resumed.optimizer, self.optimizer))
             if self.carry is not None:
-                self.carry.restore(self.model, config.batch_size, resumed.extra)
+                self.carry.restore(resumed.extra, ranks.device)
         self.files = RunFolder(config, self.progress)
         self.instruments = RunInstruments(config, ranks)
-        if machine.compile:
-            compiles = compile_blocks(
-                self.model, self._kinds_of_batches(), display.say, must=resumed is not None
-            )
-            machine = dataclasses.replace(machine, compile=compiles)
         if resumed is not None:
             ranks.in_turn(lambda: self.files.go_on_from(resumed))
         ranks.wait()  # until all have read the old files
@@ -330,11 +327,19 @@ class _Run:
         self.files.write_settings(model_config, self.data, machine)
         self.metrics = MetricsLog(self.folder / files.METRICS, self.progress.step)
 
-    def _kinds_of_batches(self) -> list[Batch]:
-        """One batch without the start of a document, and one with it."""
-        batch = self.batches[0]
+    def _compile(self, *, must: bool) -> bool:
+        """Compiles the blocks in all processes, or in none; whether it worked."""
+        self.model.to(self.ranks.device)
+        batch = self.ranks.share(self.batches[0], 0)
         starts = torch.zeros_like(batch.inputs, dtype=torch.bool)
-        return [batch._replace(reset=None), batch._replace(reset=starts)]
+        kinds = [batch._replace(reset=None), batch._replace(reset=starts)]
+        compiled = self.ranks.in_turn(
+            lambda: compile_blocks(self.model, kinds, self.display.say, must=must)
+        )
+        if not self.ranks.any(not compiled):
+            return True
+        uncompile(self.model)
+        return False
 
     def _announce(self) -> None:
         config, data = self.config, self.data

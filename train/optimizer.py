@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.initialization import parameter_groups
 from model.language_model import LanguageModel
@@ -69,11 +70,14 @@ class Muon(torch.optim.Muon):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(weight.grad)
                 average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
-                update = orthogonalized(
-                    weight.grad.lerp(average, momentum), (a, b, c), group["ns_steps"], group["eps"]
-                )
+                update = weight.grad.lerp(average, momentum)
+                whole = update.full_tensor() if isinstance(update, DTensor) else update
+                whole = orthogonalized(whole, (a, b, c), group["ns_steps"], group["eps"])
+                if isinstance(update, DTensor):  # every process has all of it and takes its rows
+                    mesh, placements = update.device_mesh, update.placements
+                    whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
                 weight.mul_(1 - rate * group["weight_decay"])
-                weight.add_(update, alpha=-rate * 0.2 * math.sqrt(max(weight.shape)))
+                weight.add_(whole, alpha=-rate * 0.2 * math.sqrt(max(weight.shape)))
         return None
 
 

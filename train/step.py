@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from data.loader import Batch
 from model.language_model import LanguageModel
 from model.state import map_tensors
+from train.carry import Carry
 from train.loss import next_token_loss
 
 
@@ -28,12 +29,21 @@ class Trainee(nn.Module):
         self.model = model
         self._start = model.initial_state(1) if with_state else None
 
-    def forward(self, inputs: Tensor, targets: Tensor, reset: Tensor | None) -> Tensor:
-        """Mean loss of `[B, T]` tokens."""
+    def forward(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        reset: Tensor | None,
+        carry: Carry | None = None,
+        part: int = 0,
+    ) -> Tensor:
+        """Mean loss of `[B, T]` tokens, going on from what is carried of a part of the batch."""
         state = None
         if self._start is not None:
             rows = inputs.shape[0]
             state = map_tensors(lambda x: x.repeat(rows, *(1,) * (x.dim() - 1)), self._start)
+        if carry is not None:
+            return carry.loss(self.model, inputs, targets, reset, part=part, start=state)
         return next_token_loss(self.model, inputs, targets, reset, state)
 
 

@@ -33,7 +33,7 @@ def test_stretches_give_the_loss_of_the_whole_and_a_truncated_gradient(mixer):
     reset = torch.zeros_like(inputs, dtype=torch.bool)
     reset[1, 13] = True
     whole = next_token_loss(model, inputs, targets, reset)
-    carry, losses = Carry(), []
+    carry, losses = Carry(model.initial_state(1)), []
     for at in range(0, 30, 10):
         here = slice(at, at + 10)
         before = carry.tensors()
@@ -55,14 +55,14 @@ def test_stretches_give_the_loss_of_the_whole_and_a_truncated_gradient(mixer):
 def test_saved_and_restored_goes_on_alike(mixer):
     model = random_model(small_config(mixer))
     tokens = random_tokens(2, 21)
-    carry, other, fresh = Carry(), Carry(), Carry()
+    carry, other, fresh = (Carry(model.initial_state(1)) for _ in range(3))
     carry.loss(model, tokens[:, :10], tokens[:, 1:11], None)
     assert carry.tensors() == {}, "a step that did not count has been carried"
     carry.keep()
     saved = carry.tensors()
     assert len(saved) == sum(1 for _ in tensors(model.initial_state(2)))
-    other.restore(model, 2, saved)
-    fresh.restore(model, 2, {})
+    other.restore(saved, torch.device("cpu"))
+    fresh.restore({}, torch.device("cpu"))
     rest = (model, tokens[:, 10:20], tokens[:, 11:], None)
     assert torch.equal(carry.loss(*rest), other.loss(*rest))
     assert not torch.equal(carry.loss(*rest), fresh.loss(*rest))

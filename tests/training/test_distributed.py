@@ -140,6 +140,38 @@ def test_killed_interrupted_and_resumed_with_other_numbers_of_processes(workshop
     assert_same_losses(folder, alone)
 
 
+def test_carried_in_two_processes_and_on_in_one(workshop, flags):
+    """Each process has the rows of its parts; divided matrices are made orthogonal whole."""
+    run = [*flags, "--carry-state", "--optimizer", "muon", "--steps", STEPS]
+    folder, whole = workshop / "carried by two", workshop / "carried"
+    assert ebb("train", *run, "--out", whole) == 0
+    options = ["--accumulate", 2, "--shard"]
+    processes = start_training(2, *run, *options, "--out", folder)
+    wait_for(lambda: has_logged(folder, 5), processes[0])
+    processes[1].send_signal(signal.SIGINT)
+    stopped = ended(processes)
+    assert [process.returncode for process in stopped] == [130] * 2, stopped
+    assert 0 < load_snapshot(folder, pytest.fail).step < STEPS
+    again = ended(start_training(4, "--resume", "--accumulate", 1, "--out", folder))
+    assert [process.returncode for process in again] == [0] * 4, again
+    assert_same_losses(folder, whole)
+    carried, wanted = (load_snapshot(path, pytest.fail).extra for path in (folder, whole))
+    assert carried.keys() == wanted.keys()
+    for name, tensor in carried.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_in_two_processes(workshop, flags, alone):
+    """By a compiler that only traces, which takes a second instead of twenty."""
+    folder = workshop / "compiled by two"
+    run = [*flags, "--compile", "--steps", STEPS, "--out", folder]
+    processes = ended(start_ranks(2, TESTS / "traced.py", "train", *run))
+    assert [process.returncode for process in processes] == [0] * 2, processes
+    assert "cannot be compiled" not in processes[0].stderr
+    assert json.loads((folder / "config.json").read_text())["machine"]["compile"] is True
+    assert_same_losses(folder, alone)
+
+
 def test_where_the_first_process_is_gone_the_second_tells(workshop, flags):
     folder = workshop / "headless"
     processes = start_training(2, *flags, "--steps", 200, "--out", folder)
@@ -183,7 +215,8 @@ def test_only_a_state_of_constant_size_can_be_passed_on():
     [
         (["--shard"], "shard divides the model among processes, but there is one"),
         (["--context-parallel", "2"], "needs a multiple of 2 processes, but there are 1"),
-        (["--carry-state", "--accumulate", "2"], "carry-state works in one process"),
+        (["--carry-state", "--context-parallel", "2"], "carry-state and context-parallel both"),
+        (["--compile", "--checkpoint-activations"], "compile works without shard"),
         (["--accumulate", "3"], "cannot be divided into 3 parts (1 processes x accumulate 3)"),
     ],
 )
