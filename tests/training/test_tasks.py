@@ -17,7 +17,15 @@ from train.interrupt import Interrupted
 from train.matching import num_parameters
 from train.progress import Display
 from train.task_shapes import matched_task_shapes, state_bytes
-from train.tasks import TASKS, Task, measure_task, parse_tasks, run_tasks, train_task
+from train.tasks import (
+    TASKS,
+    Task,
+    measure_task,
+    parse_tasks,
+    point_of,
+    run_tasks,
+    train_task,
+)
 
 MIXERS = ["gla", "softmax"]
 SMALL = replace(
@@ -37,10 +45,10 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-def run(folder, display=None, **options):
+def run(folder, task=SMALL, display=None, **options):
     settings = {"seeds": 2, "steps": 4, "folder": folder} | options
     with display or Display(quiet=True) as shown:
-        return run_tasks({"small": SMALL}, MIXERS, **settings, display=shown)
+        return run_tasks({"small": task}, MIXERS, **settings, display=shown)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +112,7 @@ class Impatient(Display):
 def test_what_is_finished_is_not_done_again(whole, tmp_path, monkeypatch):
     folder, found = whole
     with pytest.raises(Interrupted):
-        run(tmp_path, Impatient(10))
+        run(tmp_path, display=Impatient(10))
     saved = sorted(path.name for path in (tmp_path / "tasks").iterdir())
     assert saved == ["small-32-gla-0.json", "small-32-softmax-0.json"]
     trained = []
@@ -120,11 +128,19 @@ def test_what_is_finished_is_not_done_again(whole, tmp_path, monkeypatch):
     assert contents(tmp_path) == contents(folder)
     run(tmp_path, steps=5)
     assert len(trained) == 14, "a trial of other steps is another one"
+    run(tmp_path, replace(SMALL, rate_factor=1.0), steps=5)
+    assert len(trained) == 22, "and so is one of another rate"
 
 
-def test_a_trial_that_diverges_is_a_result(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "RATE_FACTOR", float("inf"))
-    entries = run(tmp_path, seeds=1)["gla"]["tasks"]["small"]
+def test_the_easiest_comes_first_and_then_all_in_turn():
+    task = TASKS["recall"]
+    pairs = [point_of(task, step, 16)["num_pairs"] for step in range(16)]
+    assert pairs == [2] * 8 + [2, 4, 8, 16] * 2
+
+
+def test_a_trial_that_diverges_is_a_result(tmp_path):
+    found = run(tmp_path, replace(SMALL, rate_factor=float("inf")), seeds=1)
+    entries = found["gla"]["tasks"]["small"]
     assert all(entry["accuracy"] is None and entry["seeds"] == [None] for entry in entries)
 
 
@@ -197,9 +213,9 @@ PARITY = replace(
 )
 
 
-def trial(task: Task, mixer: str, steps: int, seed: int = 0) -> list[float]:
+def trial(task: Task, mixer: str, steps: int, seed: int = 0, width: int = 32) -> list[float]:
     shape = matched_task_shapes(
-        [mixer], vocab_size=task.vocab_size, width=32, layers=task.layers, head_dim=16
+        [mixer], vocab_size=task.vocab_size, width=width, layers=task.layers, head_dim=width // 2
     )[mixer]
     model = train_task(task, shape, seed=seed, steps=steps)
     assert model is not None
@@ -208,8 +224,8 @@ def trial(task: Task, mixer: str, steps: int, seed: int = 0) -> list[float]:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_negative_eigenvalues_learn_parity_and_go_on_beyond_the_trained_length(seed):
-    """Seeds 0 to 2 gave 99.4 to 100 % and 79 to 89 % after 300 steps."""
-    trained, beyond = trial(PARITY, "deltanet:negative_eigenvalues", 400, seed)
+    """Seeds 0 to 2 gave 99.7 to 100 % and 74 to 88 % after 500 steps."""
+    trained, beyond = trial(PARITY, "deltanet:negative_eigenvalues", 500, seed)
     assert trained > 0.97
     assert beyond > 0.7
 
@@ -219,3 +235,26 @@ def test_positive_diagonal_decays_fail_parity_beyond_the_trained_length(mixer):
     """At four times the longest trained they are right as often as a coin."""
     _, beyond = trial(PARITY, mixer, 400)
     assert beyond < 0.55
+
+
+RECALL = replace(
+    TASKS["recall"],
+    trained=({"num_pairs": 2}, {"num_pairs": 4}),
+    measured=({"num_pairs": 4}, {"num_pairs": 8}),
+)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_softmax_recalls_and_goes_on_beyond_the_trained_pairs(seed):
+    """Seeds 0 to 2 gave 99.7 to 99.9 % and 89 to 96 %."""
+    trained, beyond = trial(RECALL, "attention", 1000, seed, 64)
+    assert trained > 0.97
+    assert beyond > 0.8
+
+
+@pytest.mark.parametrize("mixer", ["linear_transformer", "gla"])
+def test_sums_of_writes_that_take_nothing_back_do_not_recall_in_as_many_steps(mixer):
+    """29 % of 4 pairs: little more than a guess among the values that are there."""
+    trained, beyond = trial(RECALL, mixer, 1000, 0, 64)
+    assert trained < 0.6
+    assert beyond < 0.4
