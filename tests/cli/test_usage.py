@@ -127,7 +127,6 @@ def test_overview_answers_without_loading_torch():
         (["train", "--recipe", "gpu"], "there is no recipe 'gpu'; choose one of cpu-2min, "),
         (["train", "--dropout", "1"], "dropout must be at least 0 and below 1, but is 1.0"),
         (["train", "--final-fraction", "-1"], "final-fraction must be at least 0 and below 1, but"),
-        (["train", "--shard", "--optimizer", "muon"], "muon needs whole matrices, which --shard "),
         (["train", "--find-lr", "--carry-state"], "--find-lr reads windows in any order"),
         (["train", "--find-lr", "--resume"], "choose one of --find-lr and --resume"),
         (["train", "--size", "4x100"], "there is no size '4x100'; choose one of nano, micro, tiny"),

@@ -76,7 +76,7 @@ def test_nor_does_it_when_the_state_is_carried(both, mixer):
     model, found, places = model_of(mixer), [], []
     for text in texts:
         batches = StretchBatches(text, context=6, batch_size=1, seed=0, end_id=WRITTEN.end_id)
-        carry, values = Carry(), []
+        carry, values = Carry(model.initial_state(1)), []
         for batch in map(batches.__getitem__, range(batches.steps_per_epoch)):
             values.append(float(carry.loss(model, *batch).detach()))
             carry.keep()
