@@ -223,7 +223,9 @@ def stepper(model: LanguageModel, state: ModelState) -> Begin:
 def training_step(model: LanguageModel, context: int, batch_size: int) -> Callable[[], None]:
     """A whole step on random tokens, as in `ebb train`."""
     recipe = recipe_of(model.config.mixer)
-    optimizer = make_optimizer(model, recipe, recipe.learning_rate, recipe.weight_decay)
+    optimizer = make_optimizer(
+        model, recipe, recipe.learning_rate(model.config.d_model), recipe.weight_decay
+    )
     return step_of(
         model,
         lambda inputs, targets: next_token_loss(model, inputs, targets),

@@ -22,9 +22,9 @@ from train.matching import matched, num_parameters
 from train.prepare import prepare_data
 from train.progress import Display
 from train.report import REPORT, summary_lines, summary_table, write_report
-from train.results import measure, training_speeds, trials_of
+from train.results import measure, rates_of, training_speeds
 from train.tasks import STEPS, TASKS, parse_tasks, run_tasks
-from train.tuning import PART, best_rate, tune
+from train.tuning import PART, tune
 from train.turns import Outcome, train_in_turns, turns_of
 
 RESULTS = "results.json"
@@ -164,10 +164,10 @@ def _tune(config: CompareConfig, plan: dict[str, Any], runs: Runs, display: Disp
             name: [dataclasses.asdict(trial) for trial in tried] for name, tried in trials.items()
         }
         files.save_json(config.folder / COMPARISON, plan)
-        for name, tried in trials.items():
-            display.say(f"{name}: best of {config.tune} learning rates: {best_rate(name, tried):g}")
+        for name, rate in rates_of(config, plan).items():
+            display.say(f"{name}: best of {config.tune} learning rates: {rate:g}")
     shutil.rmtree(config.folder / "tune", ignore_errors=True)  # what counts is in the plan
-    rates = {name: best_rate(name, trials_of(plan, name)) for name in runs}
+    rates = rates_of(config, plan)
     return {name: dataclasses.replace(run, learning_rate=rates[name]) for name, run in runs.items()}
 
 

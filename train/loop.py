@@ -140,7 +140,7 @@ class _Run:
         if config.precision == "fp64":
             self.model.double()
         self.recipe = recipe_of(model_config.mixer)
-        self.rate = config.learning_rate or self.recipe.learning_rate
+        self.rate = config.learning_rate or self.recipe.learning_rate(model_config.d_model)
         decay = self.recipe.weight_decay if config.weight_decay is None else config.weight_decay
         self.progress = Progress()
         if resumed is not None:

@@ -11,19 +11,33 @@ from model.presets import parse_mixer
 class Recipe:
     """AdamW and its schedule."""
 
-    learning_rate: float
+    rate_times_width: float
     final_fraction: float
     """Of the peak rate, at the end of the cosine."""
     betas: tuple[float, float]
     eps: float
     weight_decay: float
 
+    def learning_rate(self, d_model: int) -> float:
+        """The peak for models of that width: the wider, the lower, as under muP (arXiv 2203.03466).
+
+        Models narrower than `NARROWEST` have its rate.
+        """
+        return self.rate_times_width / max(d_model, NARROWEST)
+
+
+NARROWEST = 128
+"""The width up to which the rates were tried."""
+
+AT_768 = 6e-4
+"""The peak rate of the smallest GPT-3, 768 wide; that of its others nearly follows 1 / width (arXiv
+2005.14165, table 2.1)."""
 
 RECIPES = {
-    # nanoGPT's for small models on a CPU (karpathy/nanoGPT, README, train_shakespeare_char)
-    "transformer": Recipe(1e-3, 0.1, (0.9, 0.99), 1e-8, 0.1),
-    # RWKV-LM's betas and eps (RWKV-v7/train_temp), with the rate for small models
-    "rwkv": Recipe(1e-3, 0.1, (0.9, 0.99), 1e-18, 0.1),
+    # nanoGPT's betas for small models (karpathy/nanoGPT, train_shakespeare_char)
+    "transformer": Recipe(768 * AT_768, 0.1, (0.9, 0.99), 1e-8, 0.1),
+    # RWKV-LM's betas and eps (RWKV-v7/train_temp)
+    "rwkv": Recipe(768 * AT_768, 0.1, (0.9, 0.99), 1e-18, 0.1),
 }
 """By the body that a mixer stands in."""
 

@@ -28,7 +28,7 @@ from train.prepare import PreparedData
 from train.progress import Display
 from train.report.outcomes import is_softmax
 from train.sampling import sample_text
-from train.tuning import Trial, best_rate
+from train.tuning import Trial, best_rate, recipe_rate
 from train.turns import Divergence, Outcome
 
 TRAINING_ROUNDS = 8
@@ -105,7 +105,7 @@ def measure(
                 "ffn_dim": shapes[name].ffn_dim,
                 "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
                 "steps": plan["steps"][name],
-                "learning_rate": best_rate(name, trials_of(plan, name)),
+                "learning_rate": rates_of(config, plan)[name],
                 "tuning": plan["tuning"] and plan["tuning"][name],
                 "flops_per_token": training_flops_per_token(shapes[name], config.context),
                 "runs": [_run_record(seed, result, config.folder) for seed, result in runs[name]],
@@ -134,9 +134,15 @@ def measure(
     }
 
 
-def trials_of(plan: dict[str, Any], name: str) -> list[Trial]:
-    """The learning rates that were tried with a mixer; none where it was not asked for."""
-    return [Trial(**trial) for trial in (plan["tuning"] or {}).get(name, [])]
+def rates_of(config: CompareConfig, plan: dict[str, Any]) -> dict[str, float]:
+    """The learning rate of each mixer: the best that was tried, or its recipe's."""
+    tried = plan["tuning"] or {}
+    return {
+        name: best_rate(
+            [Trial(**trial) for trial in tried.get(name, [])], recipe_rate(name, config.size)
+        )
+        for name in config.names
+    }
 
 
 def _first_trained(made: list[tuple[int, Outcome]]) -> LanguageModel | None:

@@ -61,9 +61,9 @@ class Task:
     layers: int = 2
     rows: int = 32
     """Of a batch."""
-    rate_factor: float = 3.0
-    """On the recipe's learning rate, for every mixer: these models are far smaller than those on
-    text, and at the recipe's own rate most learn to track nothing in so few steps."""
+    learning_rate: float = 3e-3
+    """The peak, for every mixer: these models are smaller, and their batches other, than those on
+    text that a recipe's rate is for."""
 
     def head_dim(self, width: int) -> int:
         """Two heads."""
@@ -92,7 +92,7 @@ TASKS: dict[str, Task] = {
         measured=_points("num_pairs", 4, 8, 16, 32),
         widths=(64, 32),
         rows=64,
-        rate_factor=2.0,
+        learning_rate=2e-3,
     ),
     "copying": Task(
         synthetic.copying,
@@ -198,8 +198,8 @@ def train_task(
 ) -> LanguageModel | None:
     """A model of that shape that has learned from `steps` batches; None if it diverged.
 
-    AdamW with the mixer's own betas, eps and weight decay, at the task's multiple of its learning
-    rate, along a cosine; gradients longer than `CLIP` are scaled down.
+    AdamW with the mixer's own betas, eps and weight decay, at the task's learning rate, along a
+    cosine; gradients longer than `CLIP` are scaled down.
 
     Args:
         task: of which only the trained points are seen.
@@ -209,15 +209,14 @@ def train_task(
         advance: called after every step with how many are done and the loss.
     """
     recipe = recipe_of(shape.mixer)
-    peak = task.rate_factor * recipe.learning_rate
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LanguageModel(shape)
-    optimizer = make_optimizer(model, recipe, peak, recipe.weight_decay)
+    optimizer = make_optimizer(model, recipe, task.learning_rate, recipe.weight_decay)
     warmup = round(WARMUP * steps)
     for step in range(steps):
         factor = rate_factor(step, steps=steps, warmup=warmup, final_fraction=recipe.final_fraction)
-        set_rate(optimizer, peak * factor)
+        set_rate(optimizer, task.learning_rate * factor)
         batch = task.make(task.rows, **point_of(task, step, steps), seed=seed, step=step)
         features, _ = model.features(batch.inputs)
         loss = F.cross_entropy(model.head(features[batch.counted]), batch.targets[batch.counted])

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from model.config import parse_size
+from model.presets import parse_mixer
 from train.config import TrainConfig
 from train.loop import TrainResult
 from train.progress import Display
@@ -58,7 +60,7 @@ def tune(
     """
     trials: dict[str, list[Trial]] = {name: [] for name in runs}
     for multiple in multiples(count):
-        rates = {name: multiple * recipe_rate(name) for name in runs}
+        rates = {name: multiple * recipe_rate(run.mixer, run.size) for name, run in runs.items()}
         outcomes = train_in_turns(
             {
                 f"{name} at {rates[name]:g}": dataclasses.replace(
@@ -77,17 +79,15 @@ def tune(
     return trials
 
 
-def best_rate(mixer: str, trials: list[Trial]) -> float:
+def best_rate(trials: list[Trial], recipe: float) -> float:
     """The one with the lowest loss; the recipe's, where nothing was tried or all diverged."""
     losses = {t.learning_rate: t.validation_loss for t in trials if t.validation_loss is not None}
-    return min(losses, key=losses.__getitem__) if losses else recipe_rate(mixer)
+    return min(losses, key=losses.__getitem__) if losses else recipe
 
 
-def recipe_rate(name: str) -> float:
-    """Of a mixer as the command line has it, with a score or without."""
-    from model.presets import parse_mixer
-
-    return recipe_of(parse_mixer(name)[0]).learning_rate
+def recipe_rate(mixer: str, size: str) -> float:
+    """Of a mixer, with a score or without, and a size, both as the command line has them."""
+    return recipe_of(parse_mixer(mixer)[0]).learning_rate(parse_size(size).d_model)
 
 
 def _loss(outcome: Outcome) -> float | None:

@@ -141,7 +141,7 @@ class DeltaNet(Layer):
         return None
 
     def initialize(self, layer: int, num_layers: int) -> None:
-        """GPT-2's, and the convolution's own."""
+        """Matrices as in every layer, and the convolution's own."""
         super().initialize(layer, num_layers)
         self.convolution.initialize()
 

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from model.config import MixerOptions, ModelConfig
+from model.layers.initializers import small_init_
 from model.layers.layer import Context, Layer, at_least_single
 from model.layers.low_rank import LowRank
 from model.layers.norm import HeadRMSNorm
@@ -123,8 +124,8 @@ class GLA(Layer):
         program.multiply(self.output.weight, y, out=residual, add=True)
 
     def initialize(self, layer: int, num_layers: int) -> None:
-        """GPT-2's, and the low-rank matrices as the other matrices."""
+        """The low-rank matrices as the other matrices."""
         super().initialize(layer, num_layers)
         for matrix in (self.decay.down, self.decay.up):
-            nn.init.normal_(matrix, std=0.02)
+            small_init_(matrix.T)
         nn.init.zeros_(self.gate.bias)

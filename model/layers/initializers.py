@@ -12,6 +12,14 @@ def orthogonal_(weight: Tensor, scale: float) -> None:
     nn.init.orthogonal_(weight, gain=scale * math.sqrt(max(rows / columns, 1.0)))
 
 
+def small_init_(weight: Tensor) -> None:
+    """Normal with `sqrt(2 / (5 columns))`, SmallInit (Nguyen and Salazar, arXiv 1910.05895).
+
+    GPT-2's 0.02 is that of a model 1,000 wide, and too small for narrower ones.
+    """
+    nn.init.normal_(weight, std=math.sqrt(0.4 / weight.shape[1]))
+
+
 def depth(layer: int, num_layers: int) -> tuple[float, float]:
     """`p = layer / (L - 1)`, 0 for a single layer, and `q = 1 - layer / L`."""
     return (layer / (num_layers - 1) if num_layers > 1 else 0.0), 1.0 - layer / num_layers

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import MixerOptions, ModelConfig
+from model.layers.initializers import small_init_
 from model.ops import OPS
 from model.ops.native.instructions import Vector
 from model.ops.native.program import Program
@@ -85,14 +86,14 @@ class Layer(nn.Module):
     def initialize(self, layer: int, num_layers: int) -> None:
         """Draws the weights of layer number `layer` of `num_layers`; gradients are off.
 
-        Unless a layer has values of its own: matrices normal with 0.02, as in GPT-2; those into the
-        residual stream (`output`, `down`) zero, so that a new block is the identity, as in RWKV and
-        in Fixup (arXiv 1901.09321); the rest as it is.
+        Unless a layer has values of its own: matrices as `small_init_`; those into the residual
+        stream (`output`, `down`) zero, so that a new block is the identity, as in RWKV and in Fixup
+        (arXiv 1901.09321); the rest as it is.
         """
         for name, parameter in self.named_parameters():
             if name.endswith(".weight") and parameter.dim() == 2:
                 into_residual = name in ("output.weight", "down.weight")
-                nn.init.normal_(parameter, std=0.0 if into_residual else 0.02)
+                nn.init.zeros_(parameter) if into_residual else small_init_(parameter)
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:

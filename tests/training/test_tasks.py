@@ -128,7 +128,7 @@ def test_what_is_finished_is_not_done_again(whole, tmp_path, monkeypatch):
     assert contents(tmp_path) == contents(folder)
     run(tmp_path, steps=5)
     assert len(trained) == 14, "a trial of other steps is another one"
-    run(tmp_path, replace(SMALL, rate_factor=1.0), steps=5)
+    run(tmp_path, replace(SMALL, learning_rate=1e-3), steps=5)
     assert len(trained) == 22, "and so is one of another rate"
 
 
@@ -139,7 +139,7 @@ def test_the_easiest_comes_first_and_then_all_in_turn():
 
 
 def test_a_trial_that_diverges_is_a_result(tmp_path):
-    found = run(tmp_path, replace(SMALL, rate_factor=float("inf")), seeds=1)
+    found = run(tmp_path, replace(SMALL, learning_rate=float("inf")), seeds=1)
     entries = found["gla"]["tasks"]["small"]
     assert all(entry["accuracy"] is None and entry["seeds"] == [None] for entry in entries)
 

@@ -13,7 +13,7 @@ from train.config import CompareConfig
 from train.interrupt import Interrupted
 from train.loss import next_token_loss
 from train.progress import Display
-from train.tuning import Trial, best_rate, multiples, trial_steps
+from train.tuning import Trial, best_rate, multiples, recipe_rate, trial_steps
 
 NAMES = ("attention:square_l1", "gla")
 
@@ -85,7 +85,7 @@ def interleaved(settings, workshop):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(turns, "train_until", watched)
         patch.setattr(turns, "TURN_SECONDS", 0.1)
-        for name in ("gla at 0.002", "gla, seed 0"):
+        for name in ("gla at 0.0072", "gla, seed 0"):
             with pytest.raises(Interrupted), Stopping(name) as display:
                 run_comparison(config, display)
         with Display() as display:
@@ -125,7 +125,7 @@ def test_every_mixer_has_its_grid_and_its_best_rate(interleaved):
     folder, _ = interleaved
     results = json.loads((folder / "results.json").read_text())
     for model in results["models"]:
-        assert [trial["learning_rate"] for trial in model["tuning"]] == [1e-3, 2e-3]
+        assert [trial["learning_rate"] for trial in model["tuning"]] == pytest.approx([3.6e-3, 7.2e-3])
         best = min(model["tuning"], key=lambda trial: trial["validation_loss"])
         assert model["learning_rate"] == best["learning_rate"]
         config = json.loads((folder / model["runs"][0]["folder"] / "config.json").read_text())
@@ -140,9 +140,16 @@ def test_grid_lies_around_the_recipe():
 
 
 def test_rate_of_the_recipe_stands_where_nothing_was_learned():
-    assert best_rate("softmax", []) == 1e-3
-    assert best_rate("gla", [Trial(5e-4, None), Trial(2e-3, None)]) == 1e-3
-    assert best_rate("gla", [Trial(5e-4, 2.0), Trial(1e-3, None), Trial(2e-3, 1.9)]) == 2e-3
+    assert best_rate([], 1e-3) == 1e-3
+    assert best_rate([Trial(5e-4, None), Trial(2e-3, None)], 1e-3) == 1e-3
+    assert best_rate([Trial(5e-4, 2.0), Trial(1e-3, None), Trial(2e-3, 1.9)], 1e-3) == 2e-3
+
+
+def test_wider_models_have_lower_rates():
+    for mixer in ("softmax", "attention:square_l1", "rwkv7", "gla"):
+        assert recipe_rate(mixer, "12x768") == pytest.approx(6e-4)
+        assert recipe_rate(mixer, "2x1536") == pytest.approx(3e-4)
+        assert recipe_rate(mixer, "2x128") == recipe_rate(mixer, "2x32") == pytest.approx(3.6e-3)
 
 
 @pytest.mark.parametrize(("flag", "value"), [("tune", 1), ("tune", -2), ("extrapolate", 3)])

@@ -90,7 +90,7 @@ class Transformers(Running):
         model, recipe = self._model.train(), recipe_of(self._shape.mixer)
         optimizer = torch.optim.AdamW(
             model.parameters(),
-            recipe.learning_rate,
+            recipe.learning_rate(self._shape.d_model),
             recipe.betas,
             recipe.eps,
             recipe.weight_decay,
