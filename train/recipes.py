@@ -21,9 +21,9 @@ class Recipe:
     def learning_rate(self, d_model: int) -> float:
         """The peak for models of that width: the wider, the lower, as under muP (arXiv 2203.03466).
 
-        Models narrower than `NARROWEST` have its rate.
+        To two digits; models narrower than `NARROWEST` have its rate.
         """
-        return self.rate_times_width / max(d_model, NARROWEST)
+        return float(f"{self.rate_times_width / max(d_model, NARROWEST):.2g}")
 
 
 NARROWEST = 128

@@ -107,7 +107,7 @@ def test_results_hold_everything(results, settings):
         assert model["training_speed"]["low"] <= model["training_speed"]["tokens_per_second"]
         assert model["sample"]["prompt"] == "The"
         assert model["sample"]["text"]
-        assert model["learning_rate"] == 0.5 / 128
+        assert model["learning_rate"] == 3.9e-3
         assert model["tuning"] is None
         assert model["steps"] == 3
         assert 4e6 < model["flops_per_token"] < 7e6

@@ -85,7 +85,7 @@ def interleaved(settings, workshop):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(turns, "train_until", watched)
         patch.setattr(turns, "TURN_SECONDS", 0.1)
-        for name in ("gla at 0.0078125", "gla, seed 0"):
+        for name in ("gla at 0.0078", "gla, seed 0"):
             with pytest.raises(Interrupted), Stopping(name) as display:
                 run_comparison(config, display)
         with Display() as display:
@@ -125,7 +125,7 @@ def test_every_mixer_has_its_grid_and_its_best_rate(interleaved):
     folder, _ = interleaved
     results = json.loads((folder / "results.json").read_text())
     for model in results["models"]:
-        assert [trial["learning_rate"] for trial in model["tuning"]] == [0.5 / 128, 1 / 128]
+        assert [trial["learning_rate"] for trial in model["tuning"]] == [3.9e-3, 7.8e-3]
         best = min(model["tuning"], key=lambda trial: trial["validation_loss"])
         assert model["learning_rate"] == best["learning_rate"]
         config = json.loads((folder / model["runs"][0]["folder"] / "config.json").read_text())
@@ -147,9 +147,9 @@ def test_rate_of_the_recipe_stands_where_nothing_was_learned():
 
 def test_wider_models_have_lower_rates():
     for mixer in ("softmax", "attention:square_l1", "rwkv7", "gla"):
-        assert recipe_rate(mixer, "12x1024") == 0.5 / 1024
-        assert recipe_rate(mixer, "2x2048") == 0.25 / 1024
-        assert recipe_rate(mixer, "2x128") == recipe_rate(mixer, "2x32") == 0.5 / 128
+        assert recipe_rate(mixer, "12x1024") == 4.9e-4
+        assert recipe_rate(mixer, "2x2048") == 2.4e-4
+        assert recipe_rate(mixer, "2x128") == recipe_rate(mixer, "2x32") == 3.9e-3
 
 
 @pytest.mark.parametrize(("flag", "value"), [("tune", 1), ("tune", -2), ("extrapolate", 3)])
