@@ -224,8 +224,8 @@ def trial(task: Task, mixer: str, steps: int, seed: int = 0, width: int = 32) ->
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_negative_eigenvalues_learn_parity_and_go_on_beyond_the_trained_length(seed):
-    """Seeds 0 to 2 gave 99.7 to 100 % and 74 to 88 % after 500 steps."""
-    trained, beyond = trial(PARITY, "deltanet:negative_eigenvalues", 500, seed)
+    """Seeds 0 to 3 gave 99.5 to 100 % and 83 to 93 %."""
+    trained, beyond = trial(PARITY, "deltanet:negative_eigenvalues", 1000, seed)
     assert trained > 0.97
     assert beyond > 0.7
 
@@ -233,7 +233,7 @@ def test_negative_eigenvalues_learn_parity_and_go_on_beyond_the_trained_length(s
 @pytest.mark.parametrize("mixer", ["gla", "rwkv6"])
 def test_positive_diagonal_decays_fail_parity_beyond_the_trained_length(mixer):
     """At four times the longest trained they are right as often as a coin."""
-    _, beyond = trial(PARITY, mixer, 400)
+    _, beyond = trial(PARITY, mixer, 1000)
     assert beyond < 0.55
 
 
@@ -246,15 +246,16 @@ RECALL = replace(
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_softmax_recalls_and_goes_on_beyond_the_trained_pairs(seed):
-    """Seeds 0 to 2 gave 99.7 to 99.9 % and 89 to 96 %."""
-    trained, beyond = trial(RECALL, "attention", 1000, seed, 64)
+    """Seeds 0 to 2 gave 99.6 to 99.9 % and 86 to 91 %."""
+    trained, beyond = trial(RECALL, "attention", 700, seed, 64)
     assert trained > 0.97
     assert beyond > 0.8
 
 
 @pytest.mark.parametrize("mixer", ["linear_transformer", "gla"])
 def test_sums_of_writes_that_take_nothing_back_do_not_recall_in_as_many_steps(mixer):
-    """29 % of 4 pairs: little more than a guess among the values that are there."""
-    trained, beyond = trial(RECALL, mixer, 1000, 0, 64)
+    """Of 4 pairs, seeds 0 to 2: gla 28 to 29 %, a guess among the values that are there is 25 %;
+    linear_transformer 43 to 65 %."""
+    trained, beyond = trial(RECALL, mixer, 700, 0, 64)
     assert trained < 0.6
     assert beyond < 0.4
