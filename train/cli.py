@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from train.config import CompareConfig, TrainConfig
+from train.compare_config import CompareConfig
+from train.config import TrainConfig
 from train.interrupt import AlreadyTold, Interrupted
 
 

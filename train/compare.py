@@ -15,7 +15,8 @@ from model.config import ModelConfig
 from model.presets import preset
 from train import checkpoint as files
 from train.budget import Budget
-from train.config import COMPARISON, CompareConfig, TrainConfig
+from train.compare_config import COMPARISON, CompareConfig
+from train.config import TrainConfig
 from train.flops import training_flops_per_token
 from train.interrupt import Interrupted
 from train.matching import matched, num_parameters

@@ -26,9 +26,9 @@ from model.pretrained.tables import VERSIONS
 from train import checkpoint as files
 from train.card import CARD, card
 from train.compact import FORMATS, shrink
-from train.config import one_of
 from train.metrics import read_metrics
 from train.readable import listed, readable_bytes
+from train.settings import one_of
 
 PICKLED = (".pth", ".pt", ".bin")
 SAFETENSORS = ".safetensors"

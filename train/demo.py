@@ -9,8 +9,9 @@ from rich.console import Console
 
 from train.budget import Budget
 from train.compare import print_results, run_comparison
-from train.config import CHECKPOINTS, CompareConfig, at_least
+from train.compare_config import CompareConfig
 from train.progress import Display
+from train.settings import CHECKPOINTS, at_least
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from data.packing import default_cache_dir, pack
 from model.decode import check_weights, with_rounded_weights
 from model.language_model import LanguageModel
 from train.checkpoint import Checkpoint, load_checkpoint
-from train.config import at_least
 from train.evaluate import STRETCH, Evaluation, check_window, evaluate, evaluate_windows
 from train.lengths import LengthStudy, study_lengths, study_size
 from train.progress import Display
+from train.settings import at_least
 
 PLOT = "lengths.png"
 

@@ -18,7 +18,7 @@ from train import benchmark
 from train import checkpoint as files
 from train.attention_maps import attention_maps
 from train.budget import Budget
-from train.config import CompareConfig
+from train.compare_config import CompareConfig
 from train.flops import training_flops_per_token
 from train.instruments import parse_instruments
 from train.lengths import study_lengths, study_size

@@ -13,7 +13,7 @@ from runs import contents, ebb, metrics, only_line
 from data.loader import TrainingBatches
 from train import loop
 from train.compare import run_comparison
-from train.config import CompareConfig
+from train.compare_config import CompareConfig
 from train.interrupt import Interrupted
 from train.progress import Display
 

@@ -6,8 +6,9 @@ from model.language_model import LanguageModel
 from model.layers import MIXERS
 from model.presets import preset
 from train.compare import matched_shapes
-from train.config import CompareConfig, parse_count
+from train.compare_config import CompareConfig
 from train.matching import matched, num_parameters
+from train.settings import parse_count
 
 
 @pytest.mark.parametrize("size", ["nano", "micro"])

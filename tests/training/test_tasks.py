@@ -12,7 +12,7 @@ from runs import contents, ebb, only_line
 from data import synthetic
 from model.language_model import LanguageModel
 from train import tasks
-from train.config import CompareConfig
+from train.compare_config import CompareConfig
 from train.interrupt import Interrupted
 from train.matching import num_parameters
 from train.progress import Display

@@ -9,7 +9,7 @@ from runs import ebb, metrics, only_line
 
 from train import compare, loop, step, turns
 from train.compare import run_comparison
-from train.config import CompareConfig
+from train.compare_config import CompareConfig
 from train.interrupt import Interrupted
 from train.loss import next_token_loss
 from train.progress import Display

@@ -26,9 +26,9 @@ from train.bench.memory import peak_memory
 from train.bench.ops import measure_op
 from train.bench.rows import Row, machine_line, markdown, table
 from train.bench.tasks import Budget, measure
-from train.config import at_least, parse_count
 from train.memory import keep_freed_memory
 from train.progress import Display
+from train.settings import at_least, parse_count
 
 STEP = 2048
 """Tokens of a training step, where one sequence is not longer."""

@@ -20,8 +20,8 @@ from model.layers import MIXERS
 from model.ops.scores import SCORES
 from model.presets import parse_mixer
 from train.checkpoint import load_model
-from train.config import at_least
 from train.progress import Display
+from train.settings import at_least
 from train.verify import Cell, Report, Target, verify
 from train.verify.proof import AMPLE
 from train.verify.workers import verify_names
