@@ -36,7 +36,9 @@ COMMANDS = {
         "DemoConfig",
         "demo",
     ),
-    "train": Command("train a model on a text", "train.loop", "TrainConfig", "train_command"),
+    "train": Command(
+        "train a model on a text", "train.train_command", "TrainConfig", "train_command"
+    ),
     "generate": Command(
         "write text with a trained model", "train.generate", "GenerateConfig", "generate"
     ),

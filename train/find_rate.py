@@ -7,20 +7,19 @@ from pathlib import Path
 
 import torch
 
-from data.loader import Batch, TrainingBatches
+from data.loader import Batch
 from model.language_model import LanguageModel
 from train import checkpoint as files
 from train.config import TrainConfig
 from train.figure import PALETTE, panel, save, set_title
-from train.loop import _is_bf16
 from train.loss import next_token_loss
 from train.machine import choose_machine
 from train.memory import keep_freed_memory
 from train.optimizer import make_optimizer, set_rate
-from train.prepare import prepare_data
 from train.progress import Display
 from train.recipes import recipe_of
-from train.starting import dropout, new_model, seed_dropout
+from train.run_data import run_data, training_batches
+from train.starting import dropout, new_model, seed_dropout, uses_bf16
 
 LOWEST, HIGHEST = 1e-5, 1.0
 STEPS = 150
@@ -73,21 +72,8 @@ def find_rate(config: TrainConfig, display: Display) -> RangeTest:
     Raises:
         ValueError: for settings or data that cannot be used.
     """
-    data = prepare_data(
-        config.data,
-        config.column,
-        config.tokenizer,
-        config.vocab_size,
-        display,
-        stream=config.stream,
-    )
-    batches = TrainingBatches(
-        data.train.tokens,
-        context=config.context,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        end_id=data.tokenizer.end_id,
-    )
+    data = run_data(config, display)
+    batches = training_batches(config, data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
     model = new_model(config, data.tokenizer, is_resumed=False).to(device)
@@ -125,7 +111,7 @@ def _gradients(model: LanguageModel, batch: Batch, config: TrainConfig) -> tuple
     device = model.head.weight.device
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)
     reset = None if batch.reset is None else batch.reset.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=_is_bf16(config.precision)):
+    with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config.precision)):
         loss = next_token_loss(model, inputs, targets, reset)
     torch.autograd.backward(loss)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)

@@ -2,20 +2,17 @@
 
 import dataclasses
 import math
-import shlex
 import statistics
-import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import PartialState
 
-from data.loader import Batch, StretchBatches, TrainingBatches, validation_batches
+from data.loader import Batch
 from model.config import ModelConfig
 from model.layers import MIXERS
 from model.ops import OPS, native
@@ -29,10 +26,10 @@ from train.machine import Machine, choose_machine
 from train.memory import keep_freed_memory
 from train.metrics import MetricsLog
 from train.optimizer import make_optimizer, set_rate
-from train.prepare import prepare_data
 from train.progress import Display
 from train.recipes import recipe_of
 from train.resume import Progress, check_data, claim_folder, is_applied
+from train.run_data import run_data, training_batches, validation_batches
 from train.run_folder import RunFolder
 from train.run_instruments import RunInstruments
 from train.sampling import sample_text
@@ -45,6 +42,7 @@ from train.starting import (
     new_model,
     seed_dropout,
     steps,
+    uses_bf16,
     warmup,
 )
 from train.trackers import start_trackers
@@ -111,25 +109,13 @@ class _Run:
     ) -> None:
         self.config, self.display, self.folder, self.ranks = config, display, config.folder, ranks
         self.data = ranks.in_turn(
-            lambda: prepare_data(
-                config.data,
-                config.column,
-                config.tokenizer,
-                config.vocab_size,
-                display,
-                fixed_tokenizer=whole_tokenizer(self.folder, resumed.step) if resumed else None,
-                stream=config.stream,
+            lambda: run_data(
+                config, display, whole_tokenizer(self.folder, resumed.step) if resumed else None
             )
         )
         if resumed is not None:
             check_data(self.folder, self.data.fingerprint)
-        self.batches = (StretchBatches if config.carry_state else TrainingBatches)(
-            self.data.train.tokens,
-            context=config.context,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            end_id=self.data.tokenizer.end_id,
-        )
+        self.batches = training_batches(config, self.data)
         self._validation_batches()  # refuses a text that is too short before anything is trained
         torch.manual_seed(config.seed)
         self.model = new_model(config, self.data.tokenizer, is_resumed=resumed is not None)
@@ -236,7 +222,7 @@ class _Run:
         set_rate(self.optimizer, self.rate * factor)
         seed_dropout(self.dropout, self.config.seed, self.progress.step)
         loss = self.ranks.forward_backward(
-            batch, bf16=_is_bf16(self.config.precision), carry=self.carry
+            batch, bf16=uses_bf16(self.config.precision), carry=self.carry
         )
         norm = self.ranks.clip(self.model.parameters(), self.config.clip)
         if is_applied(loss, norm):
@@ -258,14 +244,8 @@ class _Run:
         bits = bits_per_byte(loss * self.config.batch_size * self.config.context, num_bytes)
         return f"{speed}loss {loss:.3f} {bits:.3f} bits/B"
 
-    def _validation_batches(self) -> Any:
-        return validation_batches(
-            self.data.validation.tokens,
-            context=self.config.context,
-            batch_size=self.config.batch_size,
-            end_id=self.data.tokenizer.end_id,
-            max_tokens=self.config.eval_tokens,
-        )
+    def _validation_batches(self) -> Iterator[Batch]:
+        return validation_batches(self.config, self.data)
 
     def _evaluate(self) -> Evaluation:
         """Loss on the validation text."""
@@ -356,28 +336,3 @@ class _Run:
             self.display.say(f"The recurrence runs in plain PyTorch: {native.status()}.")
         if self.progress.step:
             self.display.say(f"Going on after step {self.progress.step:,}.")
-
-
-def _is_bf16(precision: str) -> bool:
-    """Whether matrix products run in bfloat16; validation and samples are always in float32."""
-    if precision == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return precision == "bf16"
-
-
-def train_command(config: TrainConfig) -> None:
-    """Runs `ebb train` and prints how it ended."""
-    if config.find_lr:
-        from train.find_rate import find_rate_command  # it needs what stands above
-
-        find_rate_command(config)
-        return
-    result = train(config)
-    if not PartialState().is_main_process:
-        return
-    sys.stdout.write(
-        f"{result.folder}: {result.num_parameters:,} parameters, {result.tokens:,} tokens at "
-        f"{result.tokens_per_second:,.0f} tokens/s; validation {result.validation.loss:.4f} "
-        f"nats/token, {result.validation.bits_per_byte:.4f} bits/byte\n"
-        f"Write with it: ebb generate {shlex.quote(str(result.folder))} --prompt 'The'\n"
-    )

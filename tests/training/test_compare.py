@@ -11,7 +11,7 @@ import torch
 from runs import contents, ebb, metrics, only_line
 
 from data.loader import TrainingBatches
-from train import loop
+from train import run_data
 from train.compare import run_comparison
 from train.compare_config import CompareConfig
 from train.interrupt import Interrupted
@@ -67,7 +67,7 @@ def seen(settings):
 
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "TrainingBatches", Watched)
+        patch.setattr(run_data, "TrainingBatches", Watched)
         with pytest.raises(Interrupted) as stop, Impatient("step 2:") as display:
             run_comparison(CompareConfig(**settings), display)
         folder = settings["out"]
