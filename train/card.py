@@ -6,8 +6,6 @@ from typing import Any
 from train.checkpoint import IMPORTED
 from train.readable import readable_count
 
-CARD = "README.md"
-
 _BITS = {"bf16": "bfloat16", "int8": "8 bits, with a scale for each 32 weights"}
 
 

@@ -7,6 +7,7 @@ states of training, by `train.snapshot`.
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,8 @@ WEIGHTS = "model.safetensors"
 BEST = "best.safetensors"
 METRICS = "metrics.jsonl"
 RESUME = "resume"
+CARD = "README.md"
+"""The page beside a checkpoint that is passed on."""
 DIVERGED = "diverged.json"
 """The step at which a run of a comparison came to nothing, and the reason."""
 IMPORTED = "imported"
@@ -228,6 +231,26 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """A folder that nobody else writes to; if the work fails, what it made is gone again.
+
+    Raises:
+        ValueError: if another process writes to it, or it cannot be made.
+    """
+    was_there = folder.exists()
+    try:
+        with locked(folder):
+            yield
+    except BaseException:  # Ctrl-C too must leave nothing behind
+        if not was_there:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            for name in (WEIGHTS, TOKENIZER, METRICS, CARD, CONFIG):
+                (folder / name).unlink(missing_ok=True)
+        raise
 
 
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,22 +1,13 @@
 """`ebb convert`: official RWKV checkpoints into the folder of a run and back; runs made small."""
 
-import pickle
-import re
-import shlex
-import shutil
 import sys
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import tyro
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from data.tokenizers import Tokenizer, load_tokenizer
@@ -24,14 +15,11 @@ from model.config import ModelConfig
 from model.pretrained import find_version, from_official, to_official
 from model.pretrained.tables import VERSIONS
 from train import checkpoint as files
-from train.card import CARD, card
-from train.compact import FORMATS, shrink
-from train.metrics import read_metrics
-from train.readable import listed, readable_bytes
+from train.compact import FORMATS
+from train.readable import listed
 from train.settings import one_of
-
-PICKLED = (".pth", ".pt", ".bin")
-SAFETENSORS = ".safetensors"
+from train.shrink_run import shrink_run
+from train.weights_file import SAFETENSORS, SUFFIXES, read_weights, write_weights
 
 
 @dataclass(frozen=True)
@@ -104,7 +92,7 @@ def import_checkpoint(config: ConvertConfig) -> str:
         ValueError: if the file cannot be read, is not RWKV, or does not fit the tokenizer.
     """
     source, target = config.source, config.target
-    if target.suffix in (*PICKLED, SAFETENSORS):
+    if target.suffix in SUFFIXES:
         raise ValueError(
             f"{target} is the name of a file: a checkpoint is imported into a folder, and exported "
             "from one."
@@ -117,8 +105,8 @@ def import_checkpoint(config: ConvertConfig) -> str:
         raise ValueError(f"{source} cannot be imported: {error}.") from error
     del official
     tokenizer = _tokenizer(config.tokenizer, model_config)
-    with _new_folder(target):
-        files.save_weights(target / files.WEIGHTS, _apart(weights))
+    with files.new_folder(target):
+        write_weights(target / files.WEIGHTS, weights)
         if tokenizer is not None:
             files.write_atomically(target / files.TOKENIZER, tokenizer.save)
         files.save_json(  # the last: without it the folder is no run
@@ -157,100 +145,10 @@ def export_run(source: Path, target: Path) -> str:
         )
     weights = files.read_weights(source, model_config)
     imported = files.IMPORTED in config["train"]
-    official = _apart(to_official(model_config, weights, complete_first=not imported))
-    if target.suffix == SAFETENSORS:
-        files.save_weights(target, official)
-    else:
-        files.write_atomically(target, lambda beside: _save_pickled(beside, official))
+    official = to_official(model_config, weights, complete_first=not imported)
+    write_weights(target, official)
     title = VERSIONS[model_config.mixer].title
     return f"{target}: {title}, {_described(model_config, official)}\n"
-
-
-def shrink_run(source: Path, target: Path, *, to: str) -> str:
-    """Makes a folder to pass on from that of a run; returns what to say.
-
-    Raises:
-        ValueError: if the run cannot be read, or the folder not be written.
-    """
-    if target.suffix in (*PICKLED, SAFETENSORS):
-        raise ValueError(f"{target} is the name of a file, and --weights makes a folder.")
-    config = files.read_config(source)
-    model_config = files.model_config(source, config)
-    weights = files.read_weights(source, model_config)
-    tokenizer = files.read_tokenizer(source, config, model_config.vocab_size)
-    lines = read_metrics(source / files.METRICS) if (source / files.METRICS).exists() else []
-    page = card(target.name, config, lines, sum(x.numel() for x in weights.values()), to)
-    with _new_folder(target):
-        files.save_weights(target / files.WEIGHTS, shrink(weights, to))
-        files.write_atomically(target / files.TOKENIZER, tokenizer.save)
-        if lines:
-            copy = partial(shutil.copyfile, source / files.METRICS)
-            files.write_atomically(target / files.METRICS, copy)
-        files.write_atomically(target / CARD, lambda beside: files.write_text(beside, page))
-        files.save_json(target / files.CONFIG, config)
-    size = (target / files.WEIGHTS).stat().st_size
-    return (
-        f"{target}: {readable_bytes(size)} of weights in {to}. Measure what that costs: ebb eval "
-        f"{shlex.quote(str(target))}; then complete {CARD}.\n"
-    )
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, which stay on the disk until they are used where that goes.
-
-    Raises:
-        ValueError: if it is not a checkpoint, is damaged, or holds code; none is ever run.
-    """
-    if path.suffix == SAFETENSORS:
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{path} cannot be read as safetensors ({error}): it is damaged or incomplete."
-            ) from error
-    if path.suffix not in PICKLED:
-        raise ValueError(
-            f"{path} does not look like a checkpoint: give a file whose name ends in "
-            f"{', '.join(PICKLED)} or {SAFETENSORS}."
-        )
-    contents = _unpickle(path)
-    if not isinstance(contents, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in contents.items()
-    ):
-        raise ValueError(
-            f"{path} is not a checkpoint: it holds something other than tensors by their names."
-        )
-    return {name: tensor.detach() for name, tensor in contents.items()}
-
-
-def _unpickle(path: Path) -> Any:
-    """What `torch.save` wrote, read by the unpickler that knows tensors and plain values only."""
-    try:
-        with path.open("rb") as file:
-            is_archive = file.read(4) == b"PK\x03\x04"  # what came before 2020 cannot be mapped
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): check the file.") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about formats and protocols: the result is checked
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    except MemoryError:
-        raise
-    except Exception as error:  # what is no pickle fails in every way there is
-        if isinstance(error, pickle.UnpicklingError) and (asked := _asked_for(str(error))):
-            raise ValueError(
-                f"{path} holds more than tensors: it asks to run {asked}, which ebb never does. "
-                "Save its tensors alone, best as safetensors."
-            ) from error
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: it is damaged, incomplete or something else."
-        ) from error
-
-
-def _asked_for(message: str) -> str | None:
-    """What a pickle wanted to import, by torch's message that it may not."""
-    found = re.search(r"(?:Unsupported global: GLOBAL|GLOBAL) ([\w.]+)", message)
-    return found[1] if found else None
 
 
 def _tokenizer(spec: str | None, config: ModelConfig) -> Tokenizer | None:
@@ -272,45 +170,6 @@ def _tokenizer(spec: str | None, config: ModelConfig) -> Tokenizer | None:
 
 def _is_empty(folder: Path) -> bool:
     return all(file.name == ".lock" for file in folder.iterdir())
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[None]:
-    """A folder that nobody else writes to; if the work fails, what it made is gone again."""
-    was_there = folder.exists()
-    try:
-        with files.locked(folder):
-            yield
-    except BaseException:
-        if not was_there:
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            for name in (files.WEIGHTS, files.TOKENIZER, files.METRICS, CARD, files.CONFIG):
-                (folder / name).unlink(missing_ok=True)
-        raise
-
-
-def _apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same, each in memory of its own: tied weights and parts of others are copied."""
-    seen: set[int] = set()
-    apart: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        storage = tensor.untyped_storage()
-        whole = storage.nbytes() == tensor.numel() * tensor.element_size()
-        own = whole and tensor.is_contiguous() and storage.data_ptr() not in seen
-        apart[name] = tensor if own else tensor.clone(memory_format=torch.contiguous_format)
-        seen.add(apart[name].untyped_storage().data_ptr())
-    return apart
-
-
-def _save_pickled(path: Path, weights: dict[str, Tensor]) -> None:
-    with path.open("wb") as file:  # by its name the archive would be named too
-        try:
-            torch.save(weights, file)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # a full disk, which torch tells its own way
-                raise error.__context__ from None
-            raise
 
 
 def _described(config: ModelConfig, weights: Mapping[str, Tensor]) -> str:
