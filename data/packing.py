@@ -163,7 +163,7 @@ def _write(
             _sync(file_of_meta.fileno(), file_of_meta.flush)
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
-    except BaseException:
+    except BaseException:  # Ctrl-C too must leave nothing behind
         shutil.rmtree(beside, ignore_errors=True)
         raise
 

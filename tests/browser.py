@@ -53,7 +53,7 @@ class Browser:
             self.session = attached["sessionId"]
             for domain in ("Page", "Runtime", "Log", "Network"):
                 self.ask(f"{domain}.enable")
-        except BaseException:
+        except BaseException:  # whatever ends the test, Ctrl-C too, must not leave it running
             self.__exit__()
             raise
         return self

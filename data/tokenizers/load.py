@@ -88,9 +88,10 @@ def _read_tokenizer(spec: str) -> Tokenizer:
     if is_world_file(path, content):
         return Tokenizer(world_inner(content, str(path)))
     try:
-        return Tokenizer(tokenizers.Tokenizer.from_str(content.decode()))
+        inner = tokenizers.Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises nothing narrower
         raise DataError(
             f"'{path}' is not a tokenizer.json ({first_line(error)}): save it again with "
             "'tokenizers'."
         ) from error
+    return Tokenizer(inner)

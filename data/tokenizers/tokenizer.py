@@ -170,7 +170,7 @@ class Tokenizer:
                 file.flush()
                 os.fsync(file.fileno())
                 Path(file.name).replace(path)
-            except BaseException:
+            except BaseException:  # Ctrl-C too must leave nothing behind
                 Path(file.name).unlink(missing_ok=True)
                 raise
 
