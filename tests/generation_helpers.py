@@ -7,8 +7,8 @@ import torch
 from model_helpers import random_model, small_config
 
 from data.tokenizers import Tokenizer
-from model.generation import Sampling
 from model.language_model import LanguageModel
+from model.sampling import Sampling
 from train import checkpoint
 
 GREEDY = Sampling(temperature=0)

@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from model.decode import check_weights
-from model.generation import Sampling
+from model.sampling import Sampling
 from train.interrupt import Interrupted
 from train.session import Session
 

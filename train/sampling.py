@@ -2,8 +2,9 @@
 
 from data.tokenizers import Tokenizer
 from model import decode
-from model.generation import Sampling, generate
+from model.generation import generate
 from model.language_model import LanguageModel
+from model.sampling import Sampling
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.95)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from data.tokenizers import TextStream, pieces
 from model import state as states
 from model.decode import engine_for
-from model.generation import Generation, Sampling, num_rows, prefill
+from model.generation import Generation, num_rows, prefill
+from model.sampling import Sampling
 from model.state import ModelState
 from train.checkpoint import load_checkpoint, write_atomically
 from train.interrupt import stop_on_signal

@@ -10,8 +10,9 @@ from model_helpers import assert_states_close
 
 from data.tokenizers import byte_tokenizer, train_bpe
 from model import state as states
-from model.generation import Generation, Sampling, prefill
+from model.generation import Generation, prefill
 from model.ops import native
+from model.sampling import Sampling
 from train import checkpoint
 from train.cli import main
 from train.generate import GenerateConfig, generate

@@ -13,9 +13,10 @@ from runs import ebb, metrics, start_ebb
 
 from data.corpora import load_corpus
 from model.decode import with_rounded_weights
-from model.generation import Sampling, generate
+from model.generation import generate
 from model.ops import FORMS
 from model.ops.native.loading import switched
+from model.sampling import Sampling
 from train.checkpoint import load_checkpoint
 
 FOLDER = Path(__file__).parents[2] / "checkpoints" / "state-of-the-union"

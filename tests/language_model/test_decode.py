@@ -16,13 +16,14 @@ from model_helpers import (
 from model import decode
 from model import state as states
 from model.decode import Decoder, Engine, engine_for, with_rounded_weights
-from model.generation import Generation, Sampling, generate, prefill, step
+from model.generation import Generation, generate, prefill, step
 from model.layers import MIXERS
 from model.layers.layer import Layer
 from model.layers.rwkv7 import RWKV7, RWKV7Options
 from model.ops import native
 from model.ops.native.loading import INSTRUCTION_SETS, library
 from model.ops.native.packing import FORMATS, pack, rounded
+from model.sampling import Sampling
 from model.state import map_tensors
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.status())

@@ -16,7 +16,8 @@ from model_helpers import (
 )
 
 from model import state as states
-from model.generation import Generation, Sampling, generate, num_rows, prefill, sample, step
+from model.generation import Generation, generate, num_rows, prefill, step
+from model.sampling import Sampling, sample
 from model.state import tensors
 
 EVERY_MIXER = pytest.mark.parametrize("mixer", ALL_MIXERS)

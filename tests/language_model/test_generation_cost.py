@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import decode
 from model import state as states
-from model.generation import Sampling, generate, prefill
+from model.generation import generate, prefill
+from model.sampling import Sampling
 
 
 class Meter(TorchDispatchMode):

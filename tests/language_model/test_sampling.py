@@ -7,7 +7,7 @@ from model_helpers import (
     VOCAB,
 )
 
-from model.generation import Sampling, sample
+from model.sampling import Sampling, sample
 
 
 def draws(logits, sampling, count, seen=None):

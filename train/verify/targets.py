@@ -7,8 +7,9 @@ from model.layers import MIXERS, Mixer
 from model.layers.layer import Layer
 from model.ops import OPS, Op
 from model.presets import parse_mixer
-from train.verify.networks import LayerSubject, ModelSubject, seated, small_config
+from train.verify.networks import LayerSubject, ModelSubject
 from train.verify.ops import OpSubject
+from train.verify.random_networks import seated, small_config
 from train.verify.situations import Subject
 
 LAYERS = 2
