@@ -100,33 +100,10 @@ def measure(
         },
         "models": [
             {
-                "mixer": name,
-                "parameters": model.num_parameters(),
-                "ffn_dim": shapes[name].ffn_dim,
-                "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-                "steps": plan["steps"][name],
-                "learning_rate": rates_of(config, plan)[name],
-                "tuning": plan["tuning"] and plan["tuning"][name],
-                "flops_per_token": training_flops_per_token(shapes[name], config.context),
-                "runs": [_run_record(seed, result, config.folder) for seed, result in runs[name]],
+                **_training_record(config, name, shapes[name], model, plan, runs[name]),
                 "training_speed": _spread("tokens_per_second", speeds[name]),
-                "generation": [
-                    {
-                        "context": point.context,
-                        **_spread("ms_per_token", point.milliseconds),
-                        "state_bytes": point.state_bytes,
-                        "peak_memory_bytes": point.peak_memory_bytes,
-                    }
-                    for point in decoding[name]
-                ],
-                "lengths": None
-                if trained[name] is None
-                else _lengths(config, name, model, data, display),
-                "sample": {
-                    "prompt": config.prompt,
-                    "text": "" if trained[name] is None else _sample(config, model, data),
-                },
-                "attention": None if trained[name] is None else _attention(config, model, data),
+                "generation": [_generation_record(point) for point in decoding[name]],
+                **_trained_record(config, name, trained[name], data, display),
                 "tasks": None,
             }
             for name, model in models.items()
@@ -142,6 +119,54 @@ def rates_of(config: CompareConfig, plan: dict[str, Any]) -> dict[str, float]:
             [Trial(**trial) for trial in tried.get(name, [])], recipe_rate(name, config.size)
         )
         for name in config.names
+    }
+
+
+def _training_record(
+    config: CompareConfig,
+    name: str,
+    shape: ModelConfig,
+    model: LanguageModel,
+    plan: dict[str, Any],
+    made: list[tuple[int, Outcome]],
+) -> dict[str, Any]:
+    """How large a model is, and what came of its training; nothing is measured for it."""
+    return {
+        "mixer": name,
+        "parameters": model.num_parameters(),
+        "ffn_dim": shape.ffn_dim,
+        "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "steps": plan["steps"][name],
+        "learning_rate": rates_of(config, plan)[name],
+        "tuning": plan["tuning"] and plan["tuning"][name],
+        "flops_per_token": training_flops_per_token(shape, config.context),
+        "runs": [_run_record(seed, outcome, config.folder) for seed, outcome in made],
+    }
+
+
+def _generation_record(point: benchmark.Decoding) -> dict[str, Any]:
+    return {
+        "context": point.context,
+        **_spread("ms_per_token", point.milliseconds),
+        "state_bytes": point.state_bytes,
+        "peak_memory_bytes": point.peak_memory_bytes,
+    }
+
+
+def _trained_record(
+    config: CompareConfig,
+    name: str,
+    model: LanguageModel | None,
+    data: PreparedData,
+    display: Display,
+) -> dict[str, Any]:
+    """What a trained model does with a text; nothing where every run diverged."""
+    if model is None:
+        return {"lengths": None, "sample": {"prompt": config.prompt, "text": ""}, "attention": None}
+    return {
+        "lengths": _lengths(config, name, model, data, display),
+        "sample": {"prompt": config.prompt, "text": _sample(config, model, data)},
+        "attention": _attention(config, model, data),
     }
 
 
