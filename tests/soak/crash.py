@@ -1,7 +1,8 @@
 """Runs that are stopped in every way, at random moments, and must end as one that never was.
 
     python tests/soak/crash.py --stops 500 --seed 1
-    python tests/soak/crash.py --stops 100 --threads 2 --flags '--mixer mamba2 --compile'
+    python tests/soak/crash.py --stops 100 --threads 2 --flags '--mixer mamba2 --carry-state'
+    python tests/soak/crash.py --stops 20 --compile
 
 Every attempt is a process of its own (forked, so that PyTorch is loaded only once), which goes on
 with the run and is stopped for real:
@@ -15,7 +16,7 @@ with the run and is stopped for real:
 After each of them what is in the folder must be whole (but for what was cut on purpose). When a run
 has come to its end, weights, best weights, optimiser, random numbers, settings, tokenizer and
 metrics (all but times) are compared, byte by byte, with those of a run in one go, and the next
-begins.
+begins. With `--compile` every third attempt or so finds nothing that the compiler made before.
 """
 
 import argparse
@@ -51,6 +52,10 @@ HOWS = ("kill", "int", "term", "twice", "power", "disk")
 LARGEST = 12_000_000
 """Bytes, more than the largest file of a run has."""
 PATIENCE = 900.0
+FORGOTTEN = 0.3
+"""How often an attempt compiles everything anew."""
+LONGER = 1.5
+"""Times as long as the one before works an attempt after one that saved nothing, on average."""
 
 
 def start(args: list[str], said: Path, limit: int | None = None) -> int:
@@ -114,7 +119,7 @@ def wait_to_end(number: int) -> int:
 
 def cut_newest(folder: Path, draw: random.Random) -> set[Path]:
     """Cuts the newest files short, but for those of one whole snapshot; which they were."""
-    whole = next(filter(is_whole, sorted((folder / "resume").glob("step-*"))), None)
+    whole = next(filter(is_whole, sorted(snapshots(folder))), None)
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     if whole is None:  # the settings reached the disk before the first step
         files = [path for path in files if path.name != "config.json"]
@@ -124,6 +129,11 @@ def cut_newest(folder: Path, draw: random.Random) -> set[Path]:
     for path in chosen:
         os.truncate(path, draw.randrange(path.stat().st_size) if path.stat().st_size else 0)
     return set(chosen)
+
+
+def snapshots(folder: Path) -> set[Path]:
+    """Those in the folder of a run, whole or not."""
+    return set((folder / "resume").glob("step-*"))
 
 
 def is_whole(snapshot: Path) -> bool:
@@ -137,7 +147,7 @@ def is_whole(snapshot: Path) -> bool:
 
 def check_whole(folder: Path, cut: set[Path]) -> None:
     """Everything in place can be read, but what was cut; what is unfinished has another name."""
-    for snapshot in (folder / "resume").glob("step-*"):
+    for snapshot in snapshots(folder):
         assert is_whole(snapshot) or cut & set(snapshot.iterdir()), snapshot
     for path in {*folder.glob("*.safetensors"), *folder.glob("*.json")} - cut:
         load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
@@ -181,27 +191,38 @@ def soak(flags: list[str], stops: int, seed: int, work: Path) -> collections.Cou
     draw, counts = random.Random(seed), collections.Counter[str]()
     flags = [*flags, "--data", str(write_text(work / "text.txt")), "--steps", str(STEPS)]
     os.environ["XDG_CACHE_HOME"] = str(work / "cache")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "compiled")
     reference, run, said = work / "reference", work / "run", work / "said"
     begin = time.monotonic()
     status = wait_to_end(start([*flags, "--out", str(reference)], said))
     assert status == 0, said.read_text()
+    machine = json.loads((reference / "config.json").read_text())["machine"]
+    assert machine["compile"] == ("--compile" in flags), said.read_text()
     whole = time.monotonic() - begin
     hows: list[str] = []
     cut: set[Path] = set()
+    fruitless = 0  # attempts in a row: the machine may have become slower since the beginning
     while sum(counts[how] for how in HOWS) < stops or run.exists():
         hows = hows or draw.sample(HOWS, len(HOWS))
         how = hows.pop()
-        if how == "disk" and "--compile" in flags:  # the compiler writes files too, or gives up
-            continue
+        if "--compile" in flags:
+            if how == "disk":  # the compiler writes files too, or gives up
+                continue
+            if (work / "compiled").exists() and draw.random() < FORGOTTEN:
+                shutil.rmtree(work / "compiled")
+                counts["compiled anew"] += 1
         args = ["--resume", "--out", str(run)] if (run / "config.json").exists() else []
         args = args or [*flags, "--resume", "--out", str(run)]
         limit = int(LARGEST ** draw.uniform(0.4, 1.0)) if how == "disk" else None
-        number = start(args, said, limit)
-        status = stop(number, how, draw, draw.uniform(0, 0.7 * whole))
+        before = snapshots(run)
+        seconds = draw.uniform(0, 0.7 * whole) * LONGER**fruitless
+        status = stop(start(args, said, limit), how, draw, seconds)
+        fruitless = 0 if snapshots(run) - before else fruitless + 1
         check_status(how, status, said.read_text())
         if status == 0:
             counts["runs"] += 1
             check_end(run, reference)
+            print(f"run {counts['runs']}: {sum(counts[how] for how in HOWS)} stops", flush=True)
             shutil.rmtree(run)
             cut.clear()
             continue
@@ -222,14 +243,18 @@ def command() -> None:
     parser.add_argument("--stops", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="runs with compiled blocks")
     parser.add_argument("--flags", default="", help="more of `ebb train`")
     chosen = parser.parse_args()
     flags = [*TINY, *INTERVALS, "--threads", str(chosen.threads), *shlex.split(chosen.flags)]
+    flags += ["--compile"] * chosen.compile
     with tempfile.TemporaryDirectory() as work:
         counts = soak(flags, chosen.stops, chosen.seed, Path(work))
     stops = ", ".join(f"{counts[how]} {how}" for how in HOWS)
     print(f"{counts['runs']} runs, stopped {sum(counts[how] for how in HOWS)} times ({stops})")
     print(f"{counts['amid writing']} times amid writing, {counts['files cut']} files cut short")
+    if chosen.compile:
+        print(f"{counts['compiled anew']} times compiled anew")
     print("every run ended as the one that was never stopped")
 
 
