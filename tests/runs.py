@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+import torch
+
 from train.cli import main
 
 SENTENCE = "the people of our union shall make good laws in peace and trade for every state"
@@ -30,6 +33,17 @@ def write_text(path: Path, words: int = 1500, seed: int = 0) -> Path:
     vocabulary, draw = SENTENCE.split(), random.Random(seed)
     path.write_text(" ".join(draw.choice(vocabulary) for _ in range(words)), encoding="utf-8")
     return path
+
+
+@contextmanager
+def workplace(folder: Path) -> Iterator[Path]:
+    """A folder with `text.txt` and a cache of tokens; the threads are then as they were before."""
+    write_text(folder / "text.txt")
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        yield folder
+    torch.set_num_threads(threads)
 
 
 def ebb(*args: object) -> int:

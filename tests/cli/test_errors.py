@@ -4,22 +4,24 @@ import json
 import shutil
 
 import pytest
-import torch
-from runs import TINY, contents, ebb, only_line, write_text
+from runs import TINY, contents, ebb, only_line, workplace
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
     """A text and a model trained on it."""
-    folder = tmp_path_factory.mktemp("errors")
-    text = write_text(folder / "text.txt")
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        flags = ["--data", text, *TINY, "--mixer", "attention", "--sample-every", "0"]
+    with workplace(tmp_path_factory.mktemp("errors")) as folder:
+        flags = [
+            "--data",
+            folder / "text.txt",
+            *TINY,
+            "--mixer",
+            "attention",
+            "--sample-every",
+            "0",
+        ]
         assert ebb("train", *flags, "--steps", "2", "--out", folder / "run") == 0
         yield folder
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

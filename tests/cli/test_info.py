@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from runs import TINY, ebb, only_line, write_text
+from runs import TINY, ebb, only_line, workplace
 from safetensors.torch import load_file
 
 from model import state as states
@@ -21,16 +21,11 @@ from train.info import layer_state, smaller_cache_until
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
     """A run of each kind of state: one that grows and one that does not."""
-    folder = tmp_path_factory.mktemp("info")
-    text = write_text(folder / "text.txt")
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    with workplace(tmp_path_factory.mktemp("info")) as folder:
         for mixer in ("attention", "retnet"):
-            flags = ["--data", text, *TINY, "--mixer", mixer, "--sample-every", "0"]
+            flags = ["--data", folder / "text.txt", *TINY, "--mixer", mixer, "--sample-every", "0"]
             assert ebb("train", *flags, "--steps", "1", "--out", folder / mixer) == 0
         yield folder
-    torch.set_num_threads(threads)
 
 
 def read(capsys, *args):

@@ -12,7 +12,7 @@ import termios
 import time
 
 import pytest
-from runs import TINY, has_logged, only_line, start_ebb, wait_for, write_text
+from runs import TINY, has_logged, only_line, start_ebb, wait_for, workplace
 
 from train import progress
 from train.progress import Display, duration
@@ -20,10 +20,7 @@ from train.progress import Display, duration
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("process")
-    write_text(folder / "text.txt")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    with workplace(tmp_path_factory.mktemp("process")) as folder:
         yield folder
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from runs import STEPS, TINY, ebb, has_logged, start_ebb, wait_for, write_text
+from runs import STEPS, TINY, ebb, has_logged, start_ebb, wait_for, workplace
 
 
 class Killed(NamedTuple):
@@ -29,10 +29,7 @@ def _threads():
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory):
     """A folder with `text.txt`, and a cache of tokens beside it."""
-    folder = tmp_path_factory.mktemp("training")
-    write_text(folder / "text.txt")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    with workplace(tmp_path_factory.mktemp("training")) as folder:
         yield folder
 
 
