@@ -165,7 +165,10 @@ def _tune(config: CompareConfig, plan: dict[str, Any], runs: Runs, display: Disp
         }
         files.save_json(config.folder / COMPARISON, plan)
         for name, tried in trials.items():
-            display.say(f"{name}: best of {config.tune} learning rates: {best_rate(name, tried):g}")
+            failed = all(trial.validation_loss is None for trial in tried)
+            which = "diverged at all of {}; its recipe's" if failed else "best of {}"
+            which = which.format(f"{config.tune} learning rates")
+            display.say(f"{name}: {which}: {best_rate(name, tried):g}")
     shutil.rmtree(config.folder / "tune", ignore_errors=True)  # what counts is in the plan
     rates = {name: best_rate(name, trials_of(plan, name)) for name in runs}
     return {name: dataclasses.replace(run, learning_rate=rates[name]) for name, run in runs.items()}

@@ -1,6 +1,7 @@
 """The figures of a comparison."""
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +60,8 @@ def save_plots(results: dict[str, Any], folder: Path) -> list[str]:
         save_lengths_plot(studies, folder / "lengths.png")
         names.append("lengths.png")
     if charts := task_charts(models):
-        save_charts(charts, [model["mixer"] for model in models], folder / "tasks.png")
+        said = " ".join(chart.note for chart in charts if chart.note)
+        save_charts(charts, [model["mixer"] for model in models], folder / "tasks.png", said)
         names.append("tasks.png")
     if charts := inside.charts(models):
         save_charts(charts, [model["mixer"] for model in models], folder / "instruments.png")
@@ -115,7 +117,7 @@ def save_compute_plot(results: dict[str, Any], path: Path) -> None:
     save(figure, found.note if found else "", path)
 
 
-def save_charts(charts: Sequence[Chart], names: Sequence[str], path: Path) -> None:
+def save_charts(charts: Sequence[Chart], names: Sequence[str], path: Path, note: str = "") -> None:
     """Charts of the HTML report, two in a row."""
     figure, every = panel_rows(names, math.ceil(len(charts) / 2))
     for axes in every[len(charts) :]:
@@ -145,7 +147,7 @@ def save_charts(charts: Sequence[Chart], names: Sequence[str], path: Path) -> No
         set_title(axes, chart.title)
     if len(charts) > MANY:
         figure.set_dpi(figure.dpi / 2)
-    save(figure, "", path)
+    save(figure, textwrap.fill(note, 120), path)
 
 
 def save_generation_plot(results: dict[str, Any], path: Path) -> None:

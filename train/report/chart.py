@@ -163,28 +163,31 @@ def task_charts(models: Sequence[dict[str, Any]]) -> list[Chart]:
         lines = []
         for number, model in enumerate(models):
             found = [
-                (x, studies.task_values(name, p, model))
+                (x, studies.task_accuracies(name, p, model))
                 for x, p in zip(places, points, strict=True)
             ]
-            line = sorted((x, 100 * fmean(values)) for x, values in found if values)
-            lines.append(Line(number, line))
+            line = [(x, 100 * fmean(one.values)) for x, one in found if one and one.values]
+            lines.append(Line(number, sorted(line)))
         x = Axis(label, text, log=log, ticks=sorted(set(places)))
         y = Axis("accuracy, %", _g, limits=(0.0, 100.0))
-        charts.append(Chart(f"Task: {name}", x, y, [line for line in lines if line.points]))
+        note = studies.task_failures(name, models)
+        charts.append(Chart(f"Task: {name}", x, y, [line for line in lines if line.points], note))
     return [chart for chart in charts if chart.lines]
 
 
 def tuning_charts(models: Sequence[dict[str, Any]]) -> list[Chart]:
     """Validation loss over the learning rates that were tried."""
-    lines = []
+    lines, failed = [], 0
     for number, model in enumerate(models):
         grid = [(t["learning_rate"], t["validation_loss"]) for t in model.get("tuning") or []]
         lines.append(Line(number, _finite(sorted(grid, key=lambda trial: trial[0]))))
+        failed += len(grid) - len(lines[-1].points)
     lines = [line for line in lines if line.points]
+    note = f"Not drawn: {failed} that diverged." if failed else ""
     ticks = sorted({x for line in lines for x, _ in line.points})
     x = Axis("Learning rate", _g, log=True, ticks=ticks)
     title = "Validation loss by learning rate"
-    return [Chart(title, x, Axis("nats per token", _g), lines)] if lines else []
+    return [Chart(title, x, Axis("nats per token", _g), lines, note)] if lines else []
 
 
 def time_unit(models: Sequence[dict[str, Any]]) -> tuple[str, float]:
