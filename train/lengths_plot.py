@@ -1,10 +1,10 @@
 """The plot of a study of lengths: the loss by position, and by the length of the window."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from train.figure import QUIET, context_axis, panels, save, say_empty, set_title, styles
@@ -35,7 +35,7 @@ def save_lengths_plot(studies: Mapping[str, LengthStudy], path: Path) -> None:
     positions = sorted({p.most for study in studies.values() for p in study.positions})
     lengths = sorted({x.length for study in studies.values() for x in study.lengths})
     for axes, values in ((by_position, positions), (by_length, lengths)):
-        if not any(math.isfinite(y) for line in axes.lines for y in line.get_ydata()):
+        if not any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
             say_empty(axes, "no loss is finite")
         context_axis(axes, values)
         axes.axvline(context, color=QUIET, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
