@@ -166,7 +166,9 @@ def _tune(config: CompareConfig, plan: dict[str, Any], runs: Runs, display: Disp
         }
         files.save_json(config.folder / COMPARISON, plan)
         for name, rate in rates_of(config, plan).items():
-            display.say(f"{name}: best of {config.tune} learning rates: {rate:g}")
+            failed = all(trial.validation_loss is None for trial in trials[name])
+            which = "diverged at all of {}; its recipe's" if failed else "best of {}"
+            display.say(f"{name}: {which.format(f'{config.tune} learning rates')}: {rate:g}")
     shutil.rmtree(config.folder / "tune", ignore_errors=True)  # what counts is in the plan
     rates = rates_of(config, plan)
     return {name: dataclasses.replace(run, learning_rate=rates[name]) for name, run in runs.items()}

@@ -13,7 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from train.checkpoint import write_atomically
-from train.readable import short_context
+from train.readable import short_context, short_number
+from train.report.ticks import log_ticks
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
 """Okabe and Ito's colours, which colour-blind people can tell apart; the yellow is too pale."""
@@ -96,10 +97,39 @@ def context_axis(axes: Axes, contexts: Sequence[int]) -> None:
         return
     axes.set_xscale("log")
     axes.set_xlim(contexts[0] / 1.25, contexts[-1] * 1.25)
-    every = math.ceil(len(contexts) / 8)
-    axes.xaxis.set_major_locator(FixedLocator(contexts[::-1][::every]))
+    fixed_ticks(axes, contexts)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ticks(short_context))
+
+
+def log_axis(
+    axes: Axes, values: Sequence[float], text: Callable[[float], str] = short_number
+) -> None:
+    """A log y axis with ticks that can be read, and a factor of four at least from end to end.
+
+    Args:
+        axes: to change.
+        values: that are drawn there; what is not above zero has no place.
+        text: of a tick.
+    """
+    values = [value for value in values if value > 0]
+    if not values:
+        say_empty(axes, "nothing above zero was measured")
+        return
+    low, high = min(values) / 1.25, max(values) * 1.25
+    widen = max(1.0, math.sqrt(4 * low / high))
+    low, high = low / widen, high * widen
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_locator(FixedLocator(log_ticks(low, high)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(ticks(text))
+
+
+def fixed_ticks(axes: Axes, places: Sequence[float]) -> None:
+    """On the x axis; the last place always, eight at most."""
+    every = math.ceil(len(places) / 8)
+    axes.xaxis.set_major_locator(FixedLocator(places[::-1][::every]))
 
 
 def _empty(width: float, rows: int = 1) -> Figure:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from data.tokenizers import Tokenizer
@@ -75,8 +76,9 @@ def heat_maps(
 def save_attention_plot(maps: Sequence[HeatMaps], path: Path) -> None:
     """A row for each model, a column for each layer; dark where a token takes much from another."""
     rows, columns = max(1, len(maps)), max((len(m.layers) for m in maps), default=1)
-    size = (2.1 + 2.9 * columns, 0.8 + 3.2 * rows)
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
+    size = (0.8 + 3.2 * columns, 0.8 + 3.7 * rows)
+    room = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12)
+    figure = Figure(figsize=size, dpi=DPI, layout=room, facecolor="white")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False)
     for row in grid:
@@ -99,6 +101,8 @@ def _draw_heat_map(axes: Axes, matrix: Tensor, words: Sequence[str], *, with_wor
     axes.set_xticks(range(len(words)), words, rotation=90, fontsize=5, parse_math=False)
     axes.set_yticks(range(len(words)), words, fontsize=5, parse_math=False)
     axes.tick_params(length=0, colors=QUIET, labelleft=with_words)
+    axes.set_xlabel("Key position", fontsize=8, color=QUIET)
+    axes.set_ylabel("Query position" if with_words else "", fontsize=8, color=QUIET)
     for side in axes.spines.values():
         side.set_visible(False)
 

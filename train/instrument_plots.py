@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from data.tokenizers import Tokenizer
 from model.language_model import LanguageModel
 from train import checkpoint as files
-from train.figure import QUIET, panel_rows, save, say_empty, set_title, styles, ticks
+from train.figure import QUIET, log_axis, panel_rows, save, say_empty, set_title, styles, ticks
 from train.heat_maps import heat_maps, is_softmax, save_attention_plot, sentence_of
 from train.metrics import read_metrics
 from train.readable import readable_count
@@ -119,7 +119,7 @@ def save_layers_plot(history: Sequence[dict[str, Any]], now: dict[str, Any], pat
                 axes.axhline(root, color=QUIET, linestyle="--", linewidth=1.2, zorder=1)
                 values.append(root)
         if panel.is_log:
-            _log_axis(axes, values)
+            log_axis(axes, values)
     note = "Means over tokens and heads; half-lives: medians over tokens and channels."
     save(figure, f"{note}\nDashed grey: the root of the tokens, softmax cannot exceed it.", path)
 
@@ -180,20 +180,6 @@ def _draw_along_text(
         found += values
     axes.set_xlabel("Tokens read")
     return found
-
-
-def _log_axis(axes: Axes, values: Sequence[float]) -> None:
-    """Ticks in plain numbers; nothing where there is no value above zero."""
-    positive = [value for value in values if value > 0]
-    if not positive:
-        return
-    low, high = min(positive) / 1.5, max(positive) * 1.5
-    axes.set_yscale("log")
-    axes.set_ylim(low, high)
-    subs = (1.0,) if high / low > 500 else (1.0, 3.0) if high / low > 30 else (1.0, 2.0, 5.0)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(ticks("{:,g}".format))
 
 
 def _is_read(line: dict[str, Any]) -> bool:

@@ -1,10 +1,10 @@
 """The plot of a study of lengths: the loss by position, and by the length of the window."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from train.figure import QUIET, context_axis, panels, save, say_empty, set_title, styles
@@ -35,6 +35,8 @@ def save_lengths_plot(studies: Mapping[str, LengthStudy], path: Path) -> None:
     positions = sorted({p.most for study in studies.values() for p in study.positions})
     lengths = sorted({x.length for study in studies.values() for x in study.lengths})
     for axes, values in ((by_position, positions), (by_length, lengths)):
+        if not any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
+            say_empty(axes, "no loss is finite")
         context_axis(axes, values)
         axes.axvline(context, color=QUIET, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
         axes.set_ylabel("Loss (nats per token)")
@@ -58,7 +60,4 @@ def _band(axes: Axes, study: LengthStudy, color: str) -> None:
 
 
 def _line(axes: Axes, x: Sequence[int], y: Sequence[float], style: Mapping[str, Any]) -> None:
-    if not any(map(math.isfinite, y)):
-        say_empty(axes, "no loss is finite")
-        return
     axes.plot(x, y, **style, linewidth=2, marker="o", markersize=5, markeredgecolor="white")

@@ -1,17 +1,20 @@
 """The figures of a comparison."""
 
 import math
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from train.attention_maps import save_maps
 from train.figure import (
     INK,
     context_axis,
+    fixed_ticks,
+    log_axis,
     panel_rows,
     panels,
     save,
@@ -59,7 +62,8 @@ def save_plots(results: dict[str, Any], folder: Path) -> list[str]:
         save_lengths_plot(studies, folder / "lengths.png")
         names.append("lengths.png")
     if charts := task_charts(models):
-        save_charts(charts, [model["mixer"] for model in models], folder / "tasks.png")
+        said = " ".join(chart.note for chart in charts if chart.note)
+        save_charts(charts, [model["mixer"] for model in models], folder / "tasks.png", said)
         names.append("tasks.png")
     if charts := inside.charts(models):
         save_charts(charts, [model["mixer"] for model in models], folder / "instruments.png")
@@ -115,7 +119,7 @@ def save_compute_plot(results: dict[str, Any], path: Path) -> None:
     save(figure, found.note if found else "", path)
 
 
-def save_charts(charts: Sequence[Chart], names: Sequence[str], path: Path) -> None:
+def save_charts(charts: Sequence[Chart], names: Sequence[str], path: Path, note: str = "") -> None:
     """Charts of the HTML report, two in a row."""
     figure, every = panel_rows(names, math.ceil(len(charts) / 2))
     for axes in every[len(charts) :]:
@@ -130,11 +134,12 @@ def save_charts(charts: Sequence[Chart], names: Sequence[str], path: Path) -> No
             context_axis(axes, [int(tick) for tick in chart.x.ticks])
         else:
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.xaxis.set_major_formatter(ticks(chart.x.text))
+            if chart.x.ticks:
+                fixed_ticks(axes, chart.x.ticks)
         if chart.y.log:
-            axes.set_yscale("log")
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-            axes.yaxis.set_major_formatter(ticks(chart.y.text))
+            values = [y for line in chart.lines for _, y in line.points]
+            log_axis(axes, [*values, *([chart.level] if chart.level else [])], chart.y.text)
         if chart.level is not None:
             axes.axhline(chart.level, color=INK, linestyle="--", linewidth=1.2, zorder=1)
         if chart.y.limits is not None:
@@ -145,7 +150,7 @@ def save_charts(charts: Sequence[Chart], names: Sequence[str], path: Path) -> No
         set_title(axes, chart.title)
     if len(charts) > MANY:
         figure.set_dpi(figure.dpi / 2)
-    save(figure, "", path)
+    save(figure, textwrap.fill(note, 120), path)
 
 
 def save_generation_plot(results: dict[str, Any], path: Path) -> None:
@@ -183,8 +188,8 @@ def save_growth_plot(models: list[dict[str, Any]], labels: Labels, path: Path) -
         for axes, key in ((time, "ms_per_token"), (memory, "state_bytes")):
             y = [point[key] for point in points]
             axes.plot(x, y, **style, linewidth=2, marker="o", markersize=5, markeredgecolor="white")
-    _log_axis(time, _values(models, ("ms_per_token", "low", "high")), "{:,g}".format)
-    _log_axis(memory, _values(models, ("state_bytes",)), bytes_text)
+    log_axis(time, _values(models, ("ms_per_token", "low", "high")))
+    log_axis(memory, _values(models, ("state_bytes",)), bytes_text)
     for axes in (time, memory):
         context_axis(axes, contexts)
         axes.set_xlabel(labels.x)
@@ -271,22 +276,6 @@ def _winners(order: list[str], of: int, word: str) -> str:
 def _values(models: list[dict[str, Any]], keys: Sequence[str]) -> list[float]:
     points = (point for model in models for point in model["generation"])
     return [float(value) for point in points for key in keys if (value := point[key]) > 0]
-
-
-def _log_axis(axes: Axes, values: list[float], text: Callable[[float], str]) -> None:
-    """A log axis with ticks that can be read, and at least a factor of four from end to end."""
-    if not values:
-        say_empty(axes, "nothing was measured")
-        return
-    low, high = min(values) / 1.25, max(values) * 1.25
-    widen = max(1.0, math.sqrt(4 * low / high))
-    low, high = low / widen, high * widen
-    axes.set_yscale("log")
-    axes.set_ylim(low, high)
-    subs = (1.0,) if high / low > 500 else (1.0, 3.0) if high / low > 30 else (1.0, 2.0, 5.0)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(ticks(text))
 
 
 def _generation_titles(models: list[dict[str, Any]], contexts: list[int]) -> tuple[str, str]:

@@ -38,11 +38,23 @@ def readable_seconds(seconds: float) -> str:
 
 
 def three_digits(value: float) -> str:
-    """`0.0123`, `1.23`, `12.3`, `1,234`."""
+    """`1.23e-4`, `0.0123`, `1.23`, `12.3`, `1,234`."""
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
+    if abs(value) < 1e-3:
+        number, _, power = f"{value:.2e}".partition("e")
+        return f"{number}e{int(power)}"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:,.{digits}f}"
+
+
+def short_number(value: float) -> str:
+    """At an axis, with no zeros at its end: `5e-4`, `0.03`, `2.5`, `100`, `1,234`, `3e6`."""
+    if abs(value) < 1e6:
+        number, e, power = three_digits(value).partition("e")
+    else:
+        number, e, power = f"{value:.2e}".replace("e+0", "e").replace("e+", "e").partition("e")
+    return f"{number.rstrip('0').rstrip('.') if '.' in number else number}{e}{power}"
 
 
 def with_margin(values: Sequence[float], digits: int = 3) -> str:

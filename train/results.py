@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import platform
 import shlex
 import statistics
@@ -216,7 +217,17 @@ def _lengths(
             longest=config.extrapolate,
             progress=show,
         )
-    return dataclasses.asdict(study)
+    found: dict[str, Any] = _without_nan(dataclasses.asdict(study))
+    return found
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null stands for a number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _run_record(seed: int, outcome: Outcome, folder: Path) -> dict[str, Any]:

@@ -20,7 +20,13 @@ from data.corpora.base import Corpus, Documents, check_fraction
 from data.corpora.hub import is_saved_dataset, load_hub, load_saved
 from data.corpora.sotu import load_sotu
 from data.corpora.tables import TABLES, load_tables
-from data.corpora.text import TEXT_SUFFIXES, load_text_file, load_text_files
+from data.corpora.text import (
+    TEXT_SUFFIXES,
+    is_pattern,
+    load_text_file,
+    load_text_files,
+    short_name,
+)
 from data.errors import DataError
 
 __all__ = ["Corpus", "Documents", "load_corpus"]
@@ -76,13 +82,13 @@ def load_corpus(
         return load_sotu()
     path = Path(source).expanduser()
     if not source or not path.exists():
-        if re.search(r"[*?\[]", source):
+        if is_pattern(source):
             paths = _matches(path)
             if not paths:
                 raise DataError(
                     f"No file matches '{source}': check the pattern, and quote it in a shell."
                 )
-            return _load_files(path.name, paths, column, validation_fraction)
+            return _load_files(short_name(path), paths, column, validation_fraction)
         raise DataError(
             f"There is no file or folder '{source}': give a path that exists, a pattern such as "
             "'texts/*.txt', a hub data set as 'org/name', or 'sotu' for the embedded text."

@@ -3,6 +3,7 @@
 import codecs
 import re
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from data.corpora.base import Corpus, Documents, make_corpus, split_by_hash
@@ -12,6 +13,26 @@ TEXT_SUFFIXES = (".txt", ".md")
 _MIN_FILES_FOR_WHOLE = 10
 _PART_BYTES = 1 << 20
 _SIDE = re.compile(r"(train)|(valid|validation|val|dev)")
+_WILDCARD = re.compile(r"[*?\[]")
+
+
+def is_pattern(source: str) -> bool:
+    """Whether it may stand for several files: ``texts/*.txt``."""
+    return _WILDCARD.search(source) is not None
+
+
+def short_name(path: Path) -> str:
+    """The last part of a path; of a pattern, which says little alone, the folder before it too.
+
+    ``/some/where/lib/**/*.py`` is ``lib/**/*.py``, and ``*.py`` gets the name of this folder.
+    """
+    plain = list(takewhile(lambda part: not is_pattern(part), path.parts))
+    if len(plain) == len(path.parts):
+        return path.name
+    folder = Path(*plain)
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
+    return Path(folder.name, *path.parts[len(plain) :]).as_posix()
 
 
 def read_parts(path: Path) -> Iterator[str]:

@@ -93,6 +93,29 @@ def test_small_folder_takes_the_end_of_each_file(tmp_path):
     assert list(globbed.train) == list(corpus.train)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("{home}/lib/*.py", "lib/*.py"),
+        ("lib/*.py", "lib/*.py"),
+        ("*.py", "lib/*.py"),
+        ("./*.py", "lib/*.py"),
+        ("../lib/../*.py", "home/*.py"),
+        ("{home}/lib/**/*.py", "lib/**/*.py"),
+        ("lib/*/deep/?.py", "lib/*/deep/?.py"),
+        ("{home}/[kl]ib/*.py", "home/[kl]ib/*.py"),
+    ],
+)
+def test_pattern_is_named_after_its_last_folder(tmp_path, monkeypatch, pattern, name):
+    home = tmp_path / "home"
+    for folder in (home, home / "lib", home / "lib" / "sub" / "deep"):
+        folder.mkdir(parents=True)
+        for file in "ab":
+            (folder / f"{file}.py").write_text(40 * file)
+    monkeypatch.chdir(home if pattern.startswith("lib") else home / "lib")
+    assert load_corpus(pattern.format(home=home)).name == name
+
+
 def test_large_folder_is_split_by_whole_file(tmp_path):
     for i, row in enumerate(ROWS):
         (tmp_path / f"{i:03}.txt").write_text(row, encoding="utf-8")
@@ -142,7 +165,7 @@ def test_glob_of_tables(tmp_path):
     assert list(corpus.train) == ROWS[:50]
     assert list(corpus.validation) == ROWS[50:]
     part = load_corpus(f"{tmp_path}/train-*.jsonl")
-    assert part.name == "train-*.jsonl"
+    assert part.name == f"{tmp_path.name}/train-*.jsonl"
     assert sorted([*part.train, *part.validation]) == sorted(ROWS[:50])
 
 

@@ -112,10 +112,23 @@ def test_report_has_no_absolute_path_and_says_how_to_repeat():
     assert "someone" not in report
     assert "ebb compare --mixers rwkv7 attention --out first --data=novel.txt" in report
     assert "Full paths in this command were cut" in report
+    assert "tokens of novel.txt with one seed" in report
     for text in ("2.13.0", "0.1.0", "A CPU", "2 threads", "one machine", "small models"):
         assert text in report
     assert "its cache grows with the context" in report
     assert "copies the cache at every token" not in report
+
+
+def test_a_pattern_is_named_with_its_folder():
+    measured = results(rwkv7(1.4), attention(1.4))
+    measured["settings"]["data"] = "/home/someone/stdlib/*.py"
+    measured["data"]["name"] = "stdlib/*.py"
+    measured["settings"]["command"] += " --data '/home/someone/stdlib/*.py'"
+    report = report_text(measured)
+    assert report.startswith("# rwkv7 and attention on stdlib/\\*.py\n")
+    assert "tokens of stdlib/\\*.py with one seed" in report
+    assert "--data 'stdlib/*.py'\n" in report
+    assert "someone" not in report
 
 
 def test_a_report_without_softmax_says_nothing_about_it():

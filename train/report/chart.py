@@ -6,7 +6,13 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from train.intervals import interval
-from train.readable import readable_bytes, readable_count, readable_flops, short_context
+from train.readable import (
+    readable_bytes,
+    readable_count,
+    readable_flops,
+    short_context,
+    short_number,
+)
 from train.report import studies
 from train.report.outcomes import divergence, finished
 
@@ -87,7 +93,9 @@ def loss_charts(models: Sequence[dict[str, Any]]) -> list[Chart]:
     note = "Thick: validation, a line for each seed. Thin: training, first seed."
     charts = [
         _loss_chart(models, "tokens", lambda _: 1.0, Axis("Training tokens", count_text)),
-        _loss_chart(models, "seconds", lambda _: 1 / seconds, Axis(f"Training time ({name})", _g)),
+        _loss_chart(
+            models, "seconds", lambda _: 1 / seconds, Axis(f"Training time ({name})", plain)
+        ),
     ]
     if any(model.get("flops_per_token") for model in models):
         known = [m if m.get("flops_per_token") else {**m, "runs": []} for m in models]
@@ -104,7 +112,7 @@ def generation_charts(models: Sequence[dict[str, Any]]) -> list[Chart]:
     x = Axis("Context (tokens already read)", short_context, log=True, ticks=contexts)
     bands = "Points: medians. Bands: the middle half of the measurements."
     wanted = [
-        ("ms_per_token", "Time per generated token", Axis("ms, log", "{:,g}".format, log=True)),
+        ("ms_per_token", "Time per generated token", Axis("ms, log", short_number, log=True)),
         ("state_bytes", "Memory for the state", Axis("bytes, log", bytes_text, log=True)),
         ("peak_memory_bytes", "Peak memory", Axis("bytes, log", bytes_text, log=True)),
     ]
@@ -144,7 +152,7 @@ def length_charts(models: Sequence[dict[str, Any]]) -> list[Chart]:
     ):
         ticks = sorted({x for line in lines for x, _ in line.points})
         x = Axis(label, short_context, log=True, ticks=ticks)
-        charts.append(Chart(title, x, Axis("nats per token", _g), lines, under))
+        charts.append(Chart(title, x, Axis("nats per token", plain), lines, under))
     return [chart for chart in charts if any(line.points for line in chart.lines)]
 
 
@@ -155,7 +163,7 @@ def task_charts(models: Sequence[dict[str, Any]]) -> list[Chart]:
         points = studies.task_points(name, models)
         varied = [k for k in points[0] if len({repr(p.get(k)) for p in points}) > 1]
         label, places = "Point", [float(n + 1) for n in range(len(points))]
-        text: Callable[[float], str] = _g
+        text: Callable[[float], str] = plain
         log = False
         if len(varied) == 1 and all(isinstance(p[varied[0]], int | float) for p in points):
             label, places = varied[0].replace("_", " "), [float(p[varied[0]]) for p in points]
@@ -163,28 +171,31 @@ def task_charts(models: Sequence[dict[str, Any]]) -> list[Chart]:
         lines = []
         for number, model in enumerate(models):
             found = [
-                (x, studies.task_values(name, p, model))
+                (x, studies.task_accuracies(name, p, model))
                 for x, p in zip(places, points, strict=True)
             ]
-            line = sorted((x, 100 * fmean(values)) for x, values in found if values)
-            lines.append(Line(number, line))
+            line = [(x, 100 * fmean(one.values)) for x, one in found if one and one.values]
+            lines.append(Line(number, sorted(line)))
         x = Axis(label, text, log=log, ticks=sorted(set(places)))
-        y = Axis("accuracy, %", _g, limits=(0.0, 100.0))
-        charts.append(Chart(f"Task: {name}", x, y, [line for line in lines if line.points]))
+        y = Axis("accuracy, %", plain, limits=(0.0, 100.0))
+        note = studies.task_failures(name, models)
+        charts.append(Chart(f"Task: {name}", x, y, [line for line in lines if line.points], note))
     return [chart for chart in charts if chart.lines]
 
 
 def tuning_charts(models: Sequence[dict[str, Any]]) -> list[Chart]:
     """Validation loss over the learning rates that were tried."""
-    lines = []
+    lines, failed = [], 0
     for number, model in enumerate(models):
         grid = [(t["learning_rate"], t["validation_loss"]) for t in model.get("tuning") or []]
         lines.append(Line(number, _finite(sorted(grid, key=lambda trial: trial[0]))))
+        failed += len(grid) - len(lines[-1].points)
     lines = [line for line in lines if line.points]
+    note = f"Not drawn: {failed} that diverged." if failed else ""
     ticks = sorted({x for line in lines for x, _ in line.points})
-    x = Axis("Learning rate", _g, log=True, ticks=ticks)
+    x = Axis("Learning rate", short_number, log=True, ticks=ticks)
     title = "Validation loss by learning rate"
-    return [Chart(title, x, Axis("nats per token", _g), lines)] if lines else []
+    return [Chart(title, x, Axis("nats per token", plain), lines, note)] if lines else []
 
 
 def time_unit(models: Sequence[dict[str, Any]]) -> tuple[str, float]:
@@ -199,6 +210,11 @@ def count_text(count: float) -> str:
     """`200k`, `1.5M`."""
     number, _, unit = readable_count(count).partition(" ")
     return f"{float(number.replace(',', '')):g}{unit}"
+
+
+def plain(value: float) -> str:
+    """Of an axis that is not log: as many digits as its ticks may need."""
+    return f"{value:,.6g}"
 
 
 def bytes_text(count: float) -> str:
@@ -232,7 +248,7 @@ def _loss_chart(
     every = shown or [y for line in lines for _, y in _late_points(line.points)]
     low, high = (min(every), max(every)) if every else (0.0, 1.0)
     pad = max(0.05 * (high - low), 0.01 * abs(low), 1e-6)
-    y = Axis("nats per token", _g, limits=(low - pad, high + pad))
+    y = Axis("nats per token", plain, limits=(low - pad, high + pad))
     title = f"Loss by {x.label.removeprefix('Training ').partition(' (')[0]}"
     return Chart(title, x, y, lines)
 
@@ -267,7 +283,3 @@ def _averaged(points: Points) -> Points:
         return points
     groups = [points[start : start + every] for start in range(0, len(points), every)]
     return [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups]
-
-
-def _g(value: float) -> str:
-    return f"{value:,.6g}"

@@ -30,6 +30,7 @@ from train.report.outcomes import (
     num_seeds,
     scores,
 )
+from train.report.paths import without_folders
 
 
 class Section(NamedTuple):
@@ -104,7 +105,7 @@ def _setup(results: dict[str, Any]) -> str:
     tokens = count_range(whole or [run["tokens"] for m in models for run in m["runs"]])
     return (
         f"{listed([m['mixer'] for m in models])}: {parameters} parameters, trained on {tokens} "
-        f"tokens of {results['settings']['data'].rstrip('/').rpartition('/')[2]} with "
+        f"tokens of {without_folders(results['data']['name'])} with "
         f"{'one seed' if seeds == 1 else f'{seeds} seeds'}{' each' if len(models) > 1 else ''}."
     )
 

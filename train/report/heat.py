@@ -25,9 +25,9 @@ def note(maps: Sequence[Mapping[str, Any]]) -> str:
         shares.append(f"{one['title']} {100 * own:.0f} %")
     sentence = "".join(maps[0]["words"]).strip()
     return (
-        f"Each row is a token of “{sentence}”; its shade says what share it takes of each token up "
-        "to it, the mean over heads of absolute weights; the token itself, on the diagonal, gives "
-        f"on average: {listed(shares)}."
+        f"Each row is a token of “{sentence}” (query); its shade says what share it takes of each "
+        "token up to it (key), the mean over heads of absolute weights; the token itself, on the "
+        f"diagonal, gives on average: {listed(shares)}."
     )
 
 
@@ -38,7 +38,10 @@ def figures(maps: Sequence[Mapping[str, Any]], key: str) -> list[tuple[str, str]
         pictures = []
         for layer, rows in one["layers"].items():
             picture = _draw(rows, f"{one['title']}, layer {layer}", f"{key}{place}-{int(layer)}")
-            pictures.append(f"<div>{picture}<span>layer {int(layer)}</span></div>")
+            pictures.append(
+                f"<div><span>layer {int(layer)}</span><span class=query>query position</span>"
+                f"{picture}<span>key position</span></div>"
+            )
         found.append((f"Attention of {one['title']}", "".join(pictures)))
     return found
 

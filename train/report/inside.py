@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from train.readable import listed, ratio_digits, short_context, three_digits
-from train.report.chart import Axis, Chart, Line, Points, count_text
+from train.readable import listed, ratio_digits, short_context, short_number, three_digits
+from train.report.chart import Axis, Chart, Line, Points, count_text, plain
 from train.report.outcomes import divergence, finite
 
 ROOT = "attention_norm.sqrt_tokens"
@@ -96,7 +96,7 @@ def _chart(
     ]
     drawn = [line for line in drawn if line.points]
     unit = f"{kind.unit}, log" if kind.is_log else kind.unit
-    y = Axis(unit, three_digits if kind.is_log else "{:,.6g}".format, log=kind.is_log)
+    y = Axis(unit, short_number if kind.is_log else plain, log=kind.is_log)
     return [Chart(title, x, y, drawn, note, level)] if drawn else []
 
 

@@ -1,7 +1,9 @@
 """Names without the folders of the machine that they were measured on."""
 
 import shlex
-from pathlib import PurePath
+from pathlib import Path
+
+from data.corpora.text import short_name
 
 
 def portable(command: str) -> tuple[str, bool]:
@@ -11,6 +13,6 @@ def portable(command: str) -> tuple[str, bool]:
 
 
 def without_folders(word: str) -> str:
-    """`/a/b` and `--out=/a/b` without `/a/`; anything else as it is."""
+    """`/a/b` and `--out=/a/b` without `/a/`, `/a/b/*.py` too; anything else as it is."""
     flag, equals, value = word.rpartition("=")
-    return f"{flag}{equals}{PurePath(value).name}" if value.startswith("/") else word
+    return f"{flag}{equals}{short_name(Path(value))}" if value.startswith("/") else word

@@ -1,6 +1,5 @@
 """What a report says besides its findings: how to read it, how to repeat it, and its limits."""
 
-from pathlib import PurePath
 from typing import Any
 
 from train.readable import listed, readable_count, three_digits
@@ -17,7 +16,7 @@ SAME_NUMBERS = (
 def title(results: dict[str, Any]) -> str:
     """The mixers and the text."""
     mixers = listed([model["mixer"] for model in results["models"]])
-    return f"{mixers} on {PurePath(results['data']['name']).name}"
+    return f"{mixers} on {without_folders(results['data']['name'])}"
 
 
 def reading_notes(results: dict[str, Any]) -> str:

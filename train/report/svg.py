@@ -7,8 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from train.report.chart import Axis, Chart, Estimates, Line
+from train.report.chart import Axis, Chart, Estimates, Line, plain
 from train.report.text import safe
+from train.report.ticks import log_ticks, round_ticks
 
 WIDTH, HEIGHT = 400, 270
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 26, 42
@@ -75,7 +76,7 @@ def draw_estimates(found: Estimates, names: Sequence[str], key: str) -> str:
     height = TOP_OF_ROWS + ROW * len(rows) + BOTTOM
     left = 16 + 7 * min(22, max(len(names[mixer]) for mixer, *_ in rows))
     ends = [mean + sign * margin for _, mean, margin in rows for sign in (-1, 1)]
-    axis = Axis(found.label, "{:,.6g}".format)
+    axis = Axis(found.label, plain)
     x = _scale(axis, ends, left, WIDTH - 24, pad=0.08)
     parts = _x_axis(axis, x, TOP_OF_ROWS, height - BOTTOM)
     for place, (mixer, mean, margin) in enumerate(rows):
@@ -128,7 +129,7 @@ def _scale(
 
 def _x_axis(axis: Axis, scale: Scale, top: float, base: float) -> list[str]:
     parts = [f'<path class="axis" d="M{scale.start:g} {base:g}H{scale.end:g}"/>']
-    ticks = list(axis.ticks) or _round_ticks(scale, 5)
+    ticks = list(axis.ticks) or round_ticks(scale.low, scale.high)
     room = (scale.end - scale.start) / max(1, max(len(axis.text(tick)) for tick in ticks) + 2)
     for tick in _thin(ticks, int(room / 7), scale):
         at = scale(tick)
@@ -142,7 +143,7 @@ def _x_axis(axis: Axis, scale: Scale, top: float, base: float) -> list[str]:
 
 
 def _y_axis(axis: Axis, scale: Scale) -> list[str]:
-    ticks = _log_ticks(scale) if axis.log else _round_ticks(scale, 5)
+    ticks = (log_ticks if axis.log else round_ticks)(scale.low, scale.high)
     parts = [f'<text class="y" x="2" y="12">{safe(axis.label)}</text>']
     for tick in ticks:
         at = scale(tick)
@@ -190,22 +191,3 @@ def _thin(ticks: Sequence[float], most: int, scale: Scale) -> list[float]:
         if not kept or abs(scale(tick) - scale(kept[-1])) > 30:
             kept.append(tick)
     return kept
-
-
-def _round_ticks(scale: Scale, about: int) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten."""
-    raw = (scale.high - scale.low) / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = power * next(m for m in (1, 2, 5, 10) if m * power >= 0.999 * raw)
-    first, last = math.ceil(scale.low / step), math.floor(scale.high / step)
-    return [round(n * step, 12) if step < 1e6 else n * step for n in range(first, last + 1)]
-
-
-def _log_ticks(scale: Scale) -> list[float]:
-    """Decades, and some numbers between where there are few."""
-    ratio = scale.high / scale.low
-    subs = (1,) if ratio > 500 else (1, 3) if ratio > 30 else (1, 2, 5)
-    first, last = math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high))
-    every = max(1, math.ceil((last - first) / 6)) if subs == (1,) else 1
-    ticks = [m * 10.0**n for n in range(first, last + 1, every) for m in subs]
-    return [tick for tick in ticks if scale.low <= tick <= scale.high]

@@ -15,7 +15,7 @@ from train.readable import (
     with_margin,
 )
 from train.report import inside, studies
-from train.report.outcomes import divergence, finished
+from train.report.outcomes import divergence, finished, finite
 from train.report.paths import without_folders
 
 INSIDE = "Inside the models"
@@ -96,8 +96,10 @@ def overview(results: dict[str, Any]) -> Table:
     return Table("Results", [column.name for column in shown], rows)
 
 
-def _cell(value: float | None, text: Callable[[float], str]) -> Cell:
-    return Cell(MISSING) if value is None else Cell(text(value), value)
+def _cell(value: float | None, text: Callable[[float], str], missing: str = MISSING) -> Cell:
+    if value is None:
+        return Cell(missing)
+    return Cell(text(value), value) if finite(value) else Cell("not finite")
 
 
 def _mean(model: dict[str, Any], key: str) -> Cell:
@@ -138,7 +140,7 @@ def _tuning(models: Sequence[dict[str, Any]]) -> Table:
         [
             Cell(model["mixer"]),
             Cell(f"{trial['learning_rate']:g}", trial["learning_rate"]),
-            _cell(trial["validation_loss"], "{:.4f}".format),
+            _cell(trial["validation_loss"], "{:.4f}".format, "diverged"),
             Cell("taken" if trial["learning_rate"] == model.get("learning_rate") else ""),
         ]
         for model in models
@@ -193,8 +195,11 @@ def _task(name: str, models: Sequence[dict[str, Any]]) -> Table:
     for place, point in enumerate(studies.task_points(name, models)):
         row = [Cell(studies.point_text(point), place)]
         for model in took_part:
-            values = studies.task_values(name, point, model)
-            row.append(Cell(studies.percent(values), fmean(values)) if values else Cell(MISSING))
+            found = studies.task_accuracies(name, point, model)
+            if found is None:
+                row.append(Cell(MISSING))
+            else:
+                row.append(Cell(found.text, fmean(found.values) if found.values else None))
         rows.append(row)
     return Table(f"Task: {name}", ["point", *(m["mixer"] for m in took_part)], rows)
 
@@ -202,8 +207,9 @@ def _task(name: str, models: Sequence[dict[str, Any]]) -> Table:
 def _inside(models: Sequence[dict[str, Any]]) -> Table:
     kinds = inside.kinds_of(models)
     rows = [
-        [Cell(m["mixer"]), *(_cell(inside.cell(m, kind), three_digits) for kind in kinds)]
+        [Cell(m["mixer"]), *(_cell(inside.cell(m, kind), three_digits, gap) for kind in kinds)]
         for m in models
+        for gap in ["diverged" if not finished(m, "validation_loss") else MISSING]
     ]
     return Table(INSIDE, ["mixer", *(inside.KINDS[k].column for k in kinds)], rows if kinds else [])
 
