@@ -121,6 +121,8 @@ EBB_TARGET void head_backward(const Chunk<Real>& c, const ChunkGradient<Real>& g
   transpose(g.v_turned, size, c.v, V, size, V);
   gather<Real>(g.for_o, size, V, g.d.o + at, h.value_step, c.count, c.s.value_dim, 1);
   transpose(g.o_turned, size, g.for_o, V, size, V);
+  for (const Real* values : {c.s.v, g.d.o, static_cast<const Real*>(g.d.v)})
+    expect_next(c, h, values);
 
   multiply<Real>({size, V, size, {g.for_o, V, 1}, g.v_turned, size, g.for_weighted, size});
   multiply<Real>({size, K, V, {c.k, K, 1}, G, V, g.for_v, V});

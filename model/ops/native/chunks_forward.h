@@ -48,6 +48,16 @@ struct Chunk {
   int64_t state_size() const { return K * V; }
 };
 
+// Fetches some rows of values of the next head: they stand too far apart for the hardware to foresee.
+template <class Real>
+EBB_INLINE void expect_next(const Chunk<Real>& c, const Head<Real>& h, const Real* values) {
+  if ((h.head + 1) % c.s.sharing() == 0) return;
+  const int64_t at = h.value_offset + c.begin * h.value_step + c.s.value_dim;
+  for (int64_t i = 0; i < c.count; ++i)
+    for (int64_t j = 0; j < c.s.value_dim; j += 64 / int64_t(sizeof(Real)))
+      __builtin_prefetch(values + at + i * h.value_step + j);
+}
+
 // Numbers of rows that are `step` apart, times a factor, into rows without gaps, with zeros after
 // them.
 template <class Real>
@@ -123,6 +133,8 @@ template <class Real>
 EBB_TARGET void head_forward(const Chunk<Real>& c, const Head<Real>& h, const Real* state,
                              Real* next) {
   begin_head(c, h);
+  expect_next(c, h, c.s.v);
+  expect_next(c, h, c.s.o);
   multiply<Real>({c.size, c.K, c.V, {c.q, c.K, 1}, state, c.V, c.o, c.V});
   multiply<Real>({c.size, c.size, c.V, {c.weighted, c.size, 1}, c.v, c.V, c.o, c.V, c.o, c.before,
                   1, Zeros::ABOVE_DIAGONAL});
