@@ -84,6 +84,8 @@ def head(number):
     [
         pytest.param("additive", WEAK, True, id="additive_weak"),
         pytest.param("additive", STRONG, True, id="additive_strong"),
+        pytest.param("additive", WEAK, False, id="additive_weak_heads"),
+        pytest.param("additive", STRONG, False, id="additive_strong_heads"),
         pytest.param("bonus", STRONG, True, id="bonus_strong"),
         pytest.param("delta", WEAK, True, id="delta_weak"),
         pytest.param("delta", STRONG, True, id="delta_strong"),

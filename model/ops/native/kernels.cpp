@@ -63,6 +63,25 @@ const ScanKernels<Real>& scan_kernels() {
   return baseline::SCAN_KERNELS<Real>;
 }
 
+template <class Real>
+const ChunkKernels<Real>& chunk_kernels() {
+#if defined(__x86_64__)
+  if (chosen == AVX512) return avx512::CHUNK_KERNELS<Real>;
+  if (chosen == AVX2) return avx2::CHUNK_KERNELS<Real>;
+#endif
+  return baseline::CHUNK_KERNELS<Real>;
+}
+
+// While it lives, the thread takes numbers too small to be written in full for zeros. Decays of many
+// tokens multiplied up pass through them, and processors of Intel take 100 times as long for each.
+struct TinyIsZero {
+#if defined(__x86_64__)
+  unsigned before = __builtin_ia32_stmxcsr();
+  TinyIsZero() { __builtin_ia32_ldmxcsr(before | 0x8040); }
+  ~TinyIsZero() { __builtin_ia32_ldmxcsr(before); }
+#endif
+};
+
 // Memory of one thread for its kernels, kept from call to call; aligned, and finite numbers.
 template <class Real>
 Real* scratch(int64_t count) {
@@ -137,6 +156,27 @@ int backward(const Scan<Real>& s, const ScanGradient<Real>& d, int threads) {
       else
         for (int64_t panel = 0; panel < panels; ++panel) kernel(s, d, index, panel, 0, memory);
   });
+}
+
+template <class Real>
+int chunks_forward(const Scan<Real>& s, int threads) {
+  const auto& kernels = chunk_kernels<Real>();
+  const int64_t groups = s.batch * s.key_heads;
+  return for_all<Real>(groups, threads, kernels.forward_scratch(s), [&](int64_t group, Real* memory) {
+    const TinyIsZero tiny_is_zero;
+    kernels.forward(s, group, memory);
+  });
+}
+
+template <class Real>
+int chunks_backward(const Scan<Real>& s, const ScanGradient<Real>& d, int threads) {
+  const auto& kernels = chunk_kernels<Real>();
+  const int64_t groups = s.batch * s.key_heads;
+  return for_all<Real>(groups, threads, kernels.backward_scratch(s),
+                       [&](int64_t group, Real* memory) {
+                         const TinyIsZero tiny_is_zero;
+                         kernels.backward(s, d, group, memory);
+                       });
 }
 
 template <class Real>
@@ -228,6 +268,20 @@ EBB_EXPORT int ebb_scan_backward_f32(const Scan<float>* s, const ScanGradient<fl
 EBB_EXPORT int ebb_scan_backward_f64(const Scan<double>* s, const ScanGradient<double>* d,
                                      int threads) {
   return backward(*s, *d, threads);
+}
+EBB_EXPORT int ebb_chunks_forward_f32(const Scan<float>* s, int threads) {
+  return chunks_forward(*s, threads);
+}
+EBB_EXPORT int ebb_chunks_forward_f64(const Scan<double>* s, int threads) {
+  return chunks_forward(*s, threads);
+}
+EBB_EXPORT int ebb_chunks_backward_f32(const Scan<float>* s, const ScanGradient<float>* d,
+                                       int threads) {
+  return chunks_backward(*s, *d, threads);
+}
+EBB_EXPORT int ebb_chunks_backward_f64(const Scan<double>* s, const ScanGradient<double>* d,
+                                       int threads) {
+  return chunks_backward(*s, *d, threads);
 }
 EBB_EXPORT int ebb_decays_f32(const float* log_decay, float* decay, int64_t batch, int64_t time,
                               int64_t channels, int threads) {

@@ -12,22 +12,32 @@ EBB_INLINE int64_t furthest_lag(const Rows<Real>& s, int64_t row) {
   return lag > time ? most : lag;
 }
 
-// A row before another of the same sequence, or one of the tokens before it, [B, taps - 1, D].
-template <class Real, class Number>
-EBB_INLINE Number* row_before(const Rows<Real>& s, Number* x, Number* window, int64_t row,
-                              int64_t lag) {
-  const int64_t time = row % s.time - lag;
-  return time >= 0 ? x + (row - lag) * s.width()
-                   : window + ((row / s.time + 1) * (s.choice - 1) + time) * s.width();
-}
+// Where the rows before a row stand: in x, or with the tokens before the sequence,
+// [B, taps - 1, D]. Found once a row, for this takes a division, as long as many vectors.
+struct RowsBefore {
+  int64_t time, width, own, window;  // offsets of the row itself, as if it stood in both
+
+  template <class Real>
+  RowsBefore(const Rows<Real>& s, int64_t row)
+      : time(row % s.time),
+        width(s.width()),
+        own(row * width),
+        window(((row / s.time + 1) * (s.choice - 1) + time) * width) {}
+
+  template <class Number>
+  Number* at(Number* x, Number* before, int64_t lag) const {
+    return (lag <= time ? x + own : before + window) - lag * width;
+  }
+};
 
 // What the silu takes, at some channels.
 template <class Real>
-EBB_INLINE Vector<Real> convolved(const Rows<Real>& s, int64_t row, int64_t furthest, int64_t c) {
-  const int64_t D = s.width(), n = D - c;
+EBB_INLINE Vector<Real> convolved(const Rows<Real>& s, const RowsBefore& rows, int64_t furthest,
+                                  int64_t c) {
+  const int64_t D = rows.width, n = D - c;
   Vector<Real> sum = s.num_inputs > 3 ? load_some(s.in[3] + c, n) : Vector<Real>{};
   for (int64_t lag = 0; lag <= furthest; ++lag)
-    sum += load_some(row_before<Real>(s, s.in[0], s.in[1], row, lag) + c, n) *
+    sum += load_some(rows.at(s.in[0], s.in[1], lag) + c, n) *
            load_some(s.in[2] + lag * D + c, n);
   return sum;
 }
@@ -38,8 +48,9 @@ EBB_TARGET void convolution_forward(const Rows<Real>& s, int64_t begin, int64_t 
   const int64_t D = s.width();
   for (int64_t row = begin; row < end; ++row) {
     const int64_t furthest = furthest_lag(s, row);
+    const RowsBefore rows(s, row);
     for (int64_t c = 0; c < D; c += LANES<Real>) {
-      const Vector<Real> x = convolved(s, row, furthest, c);
+      const Vector<Real> x = convolved(s, rows, furthest, c);
       store_some<Real>(s.out[0] + row * D + c, x * sigmoid<Real>(x), D - c);
     }
   }
@@ -52,14 +63,15 @@ EBB_TARGET void convolution_backward(const Rows<Real>& s, int64_t begin, int64_t
   using V = Vector<Real>;
   const int64_t D = s.width(), taps = s.choice;
   for (int64_t row = begin; row < end + taps - 1 && row < s.rows(); ++row) {
-    const int64_t time = row % s.time, furthest = furthest_lag(s, row);
+    const RowsBefore rows(s, row);
+    const int64_t time = rows.time, furthest = furthest_lag(s, row);
     const bool is_own = row < end;
     if (!is_own && time == 0) break;
     if (is_own && time == 0)
       __builtin_memset(s.out[1] + row / s.time * (taps - 1) * D, 0, sizeof(Real) * (taps - 1) * D);
     for (int64_t c = 0; c < D; c += LANES<Real>) {
       const int64_t n = D - c;
-      const V x = convolved(s, row, furthest, c), opened = sigmoid<Real>(x);
+      const V x = convolved(s, rows, furthest, c), opened = sigmoid<Real>(x);
       const V inner = load_some(s.cotangents[0] + row * D + c, n) *
                       (opened + x * opened * (Real(1) - opened));
       if (is_own) {
@@ -70,12 +82,11 @@ EBB_TARGET void convolution_backward(const Rows<Real>& s, int64_t begin, int64_t
         // The tokens before a sequence are up to the block that its first row belongs to.
         const int64_t seen = time >= lag ? row - lag : row - time;
         if (seen >= begin && seen < end)
-          add_some<Real>(row_before<Real>(s, s.out[0], s.out[1], row, lag) + c,
+          add_some<Real>(rows.at(s.out[0], s.out[1], lag) + c,
                          inner * load_some(s.in[2] + lag * D + c, n), n);
         if (is_own)
           add_some<Real>(sums + lag * D + c,
-                         inner * load_some(row_before<Real>(s, s.in[0], s.in[1], row, lag) + c, n),
-                         n);
+                         inner * load_some(rows.at(s.in[0], s.in[1], lag) + c, n), n);
       }
     }
   }

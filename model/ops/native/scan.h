@@ -75,6 +75,17 @@ struct ScanKernels {
   static int kind(const Scan<Real>& s) { return s.a ? 2 : s.bonus ? 1 : 0; }
 };
 
+// The same recurrence by chunks, where a head has one decay or none, and neither a, b nor a bonus:
+// chunks_forward.h. A group is those heads of one row of the batch that share q and k. Checkpoints
+// have padded_width(K) rows, and parts is 1.
+template <class Real>
+struct ChunkKernels {
+  int64_t (*forward_scratch)(const Scan<Real>&);
+  int64_t (*backward_scratch)(const Scan<Real>&);
+  void (*forward)(const Scan<Real>&, int64_t group, Real* scratch);
+  void (*backward)(const Scan<Real>&, const ScanGradient<Real>&, int64_t group, Real* scratch);
+};
+
 // Log-decays [T, stride] to decays, for `channels` of them at the most.
 template <class Real>
 struct DecayKernels {

@@ -1,7 +1,8 @@
 """The scan over a matrix state, native: additive and delta recurrence as one operator of PyTorch.
 
-`scan.h` says what it computes. Shape legend: B batch, T time, H heads, G heads of q and k, K key
-dim, V value dim.
+`scan.h` says what it computes; where a head has one decay, it is computed by chunks, as
+`chunks_forward.h` says. Shape legend: B batch, T time, H heads, G heads of q and k, K key dim,
+V value dim.
 """
 
 import ctypes
@@ -22,6 +23,9 @@ from model.ops.native.loading import (
 
 CHUNK = 32
 """Tokens between two states that the forward pass keeps for the backward pass."""
+
+SHORTEST_BY_CHUNKS = 16
+"""Fewer tokens go one by one: half a chunk would be products with zeros."""
 
 
 class _Scan(ctypes.Structure):
@@ -68,11 +72,30 @@ def _state_shape(k: Tensor, v: Tensor) -> list[int]:
     return [v.shape[0], v.shape[2], k.shape[-1], v.shape[-1]]
 
 
-def _saved_shapes(k: Tensor, v: Tensor, has_removal: bool) -> tuple[list[int], list[int]]:
+def _goes_by_chunks(
+    k: Tensor, a: Tensor | None, decay: Tensor | None, bonus: Tensor | None
+) -> bool:
+    """Whether the products of chunks take the place of the scan, forward and backward alike."""
+    has_one_decay = decay is None or decay.dim() == 3
+    return a is None and bonus is None and has_one_decay and k.shape[1] >= SHORTEST_BY_CHUNKS
+
+
+def _per_thread(q: Tensor, k: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Copies for each head where there are too few groups: heads of one come after each other."""
+    if k.shape[0] * k.shape[2] >= torch.get_num_threads():
+        return q, k
+    copied, keys = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
+    return copied, keys
+
+
+def _saved_shapes(
+    k: Tensor, v: Tensor, has_removal: bool, by_chunks: bool
+) -> tuple[list[int], list[int]]:
     """Of what the forward pass keeps: what was removed, and the state before each chunk."""
     batch, time, _, key_dim = k.shape
-    padded = -(-v.shape[-1] // 16) * 16
-    checkpoints = [batch, v.shape[2], -(-time // CHUNK), key_dim, padded]
+    keys, padded = (-(-width // 16) * 16 for width in (key_dim, v.shape[-1]))
+    rows = keys if by_chunks else key_dim
+    checkpoints = [batch, v.shape[2], -(-time // CHUNK), rows, padded]
     return [*v.shape] if has_removal else [0], checkpoints
 
 
@@ -109,16 +132,19 @@ def scan_now(
         o, the final state, and, empty unless `keep`, what the backward pass needs: what was
         removed, states and decays. All tensors are of one dtype, float32 or float64.
     """
+    by_chunks = _goes_by_chunks(k, a, log_decay, bonus)
+    if by_chunks:
+        q, k = _per_thread(q, k, v.shape[2])
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     a, b, bonus, reset, initial = map(contiguous, (a, b, bonus, reset, initial))
     decay = None if log_decay is None else decays_now(log_decay)
     o, final = torch.empty_like(v), v.new_empty(_state_shape(k, v))
-    shapes = _saved_shapes(k, v, a is not None) if keep else ([0], [0])
+    shapes = _saved_shapes(k, v, a is not None, by_chunks) if keep else ([0], [0])
     removed, checkpoints = v.new_empty(shapes[0]), v.new_empty(shapes[1])
     written = {"o": o, "final": final, "removed": removed, "checkpoints": checkpoints}
     read = {"q": q, "a": a, "b": b, "bonus": bonus, "reset": reset, "initial": initial}
     arguments = _describe(k, v, decay, scale, **read, **written)
-    call("scan_forward", v.dtype, ctypes.byref(arguments))
+    call("chunks_forward" if by_chunks else "scan_forward", v.dtype, ctypes.byref(arguments))
     kept = decay if keep and decay is not None else v.new_empty(0)
     return o, final, removed, checkpoints, kept
 
@@ -140,7 +166,8 @@ def _(
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shapes = _saved_shapes(k, v, a is not None) if keep else ([0], [0])
+    by_chunks = _goes_by_chunks(k, a, log_decay, bonus)
+    shapes = _saved_shapes(k, v, a is not None, by_chunks) if keep else ([0], [0])
     final = v.new_empty(_state_shape(k, v))
     decays = [*log_decay.shape] if keep and log_decay is not None else [0]
     removed, checkpoints, kept = (v.new_empty(shape) for shape in (*shapes, decays))
@@ -165,15 +192,15 @@ def scan_backward_now(
     """Gradients of what the forward pass takes, from q to the initial state; empty for None."""
     batch, heads, shared_shape = v.shape[0], v.shape[2], k.shape
     threads = torch.get_num_threads()
-    if batch * k.shape[2] < threads:  # heads that share q and k come one after the other
-        q, k = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k))
+    by_chunks = _goes_by_chunks(k, a, decay, bonus)
+    q, k = _per_thread(q, k, heads)
     q, k, v, for_o = q.contiguous(), k.contiguous(), v.contiguous(), for_o.contiguous()
     a, b, decay, bonus, reset, for_final = map(contiguous, (a, b, decay, bonus, reset, for_final))
     read = {"q": q, "a": a, "b": b, "bonus": bonus, "reset": reset}
     arguments = _describe(k, v, decay, scale, **read, removed=removed, checkpoints=checkpoints)
 
     parts = 1
-    if batch * heads < threads:
+    if batch * heads < threads and not by_chunks:
         parts = library().function("panels", v.dtype)(ctypes.byref(arguments))
 
     def parted(x: Tensor | None) -> Tensor:
@@ -187,7 +214,8 @@ def scan_backward_now(
     whole = {"o": for_o, "final": for_final, "v": for_v, "initial": for_initial}
     pointers = {n: pointer(x) for n, x in (sums | whole | {"bonus": for_bonus}).items()}
     gradient = _ScanGradient(parts=parts, **pointers)
-    call("scan_backward", v.dtype, ctypes.byref(arguments), ctypes.byref(gradient))
+    name = "chunks_backward" if by_chunks else "scan_backward"
+    call(name, v.dtype, ctypes.byref(arguments), ctypes.byref(gradient))
 
     def joined(x: Tensor) -> Tensor:
         return x if x.numel() == 0 else x.squeeze(0) if parts == 1 else x.sum(0)

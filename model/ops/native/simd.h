@@ -62,6 +62,14 @@ EBB_INLINE void store(Real* p, const Vector<Real> (&x)[NV], int64_t count) {
   }
 }
 
+template <class Real>
+EBB_INLINE Vector<Index<Real>> lane_numbers() {
+  Vector<Index<Real>> x;
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES<Real>; ++i) x[i] = i;
+  return x;
+}
+
 template <int... I>
 struct Indices {};
 template <int N, int... I>
