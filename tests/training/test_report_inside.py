@@ -205,7 +205,7 @@ def heat_map(title, *layers):
 
 
 def test_heat_maps_say_how_much_a_token_takes_from_itself():
-    """The last number of each row: 1, 0.5 and 0 are a half in the mean; with 1, 1 and 1, three quarters."""
+    """The last number of each row: 1, 0.5 and 0 are a half in the mean, and 1, 1 and 1 are 1."""
     half = ["1000", "500 500", "300 700 0"]
     whole = ["1000", "0 1000", "0 0 1000"]
     text = heat.note([heat_map("softmax", half), heat_map("gla", half, whole)])
