@@ -11,6 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
@@ -147,12 +148,30 @@ def _parse(name: str, kind: type[Any], args: Sequence[str]) -> Any:
     if isinstance(config, TrainConfig | CompareConfig) and config.resume:
         saved = config.saved()
         if saved is not None:
-            known = {field.name for field in dataclasses.fields(kind)}
-            if unknown := sorted(set(saved) - known):
-                raise ValueError(f"{config.folder} was made with unknown settings: {unknown}")
-            before = kind(**saved, out=config.folder, resume=True)
+            before = _settings_before(kind, saved, config.folder)
             config = _from_flags(kind, args=args, prog=prog, default=before)
     return config
+
+
+def _settings_before(kind: type[Any], saved: dict[str, Any], folder: Path) -> Any:
+    """What the folder was made with.
+
+    Raises:
+        ValueError: where these are settings that another version of Ebb had.
+    """
+    names = {field.name for field in dataclasses.fields(kind)}
+    why = ", ".join(f"there is no {name}" for name in sorted(set(saved) - names))
+    try:
+        if not why:
+            return kind(**saved, out=folder, resume=True)
+    except ValueError as error:
+        why = str(error)
+    except (TypeError, AttributeError):
+        why = "a value is of another kind"
+    raise ValueError(
+        f"{folder} was made by another version of Ebb, with settings that this one does not take "
+        f"({why}): go on with that version, or choose another --out."
+    )
 
 
 def _from_flags(kind: type[Any], **options: Any) -> Any:

@@ -25,7 +25,7 @@ from train.progress import Display
 from train.report import REPORT, summary_lines, summary_table, write_report
 from train.results import measure, rates_of, training_speeds
 from train.tasks import STEPS, TASKS, parse_tasks, run_tasks
-from train.tuning import PART, tune
+from train.tuning import PART, Trial, tune
 from train.turns import Outcome, train_in_turns, turns_of
 
 RESULTS = "results.json"
@@ -120,14 +120,37 @@ def _claim_folder(config: CompareConfig) -> dict[str, Any] | None:
             f"{config.folder} already holds a comparison: add --resume to go on with it, or choose "
             "another --out."
         )
-    for name, value in config.to_dict().items():
-        before = plan["settings"].get(name)
-        if before != value:
+    settings, now = plan["settings"], config.to_dict()
+    if missing := [name.replace("_", "-") for name in now if name not in settings]:
+        raise _of_another_version(config, f"which had no {missing[0]}")
+    for name, value in now.items():
+        if settings[name] != value:
             raise ValueError(
                 f"The comparison in {config.folder} was made with {name.replace('_', '-')} "
-                f"{before}, not {value}: leave it as it was, or choose another --out."
+                f"{settings[name]}, not {value}: leave it as it was, or choose another --out."
             )
+    if not _is_whole(plan, config.names):
+        raise _of_another_version(config, "with another plan")
     return plan
+
+
+def _of_another_version(config: CompareConfig, how: str) -> ValueError:
+    return ValueError(
+        f"{config.folder} was made by another version of Ebb ({how}): go on with that version, or "
+        "choose another --out."
+    )
+
+
+def _is_whole(plan: dict[str, Any], names: list[str]) -> bool:
+    """Whether a plan has what `_make_plan` and `_tune` write."""
+    try:
+        counts = [plan["turns"], *(plan["steps"][name] for name in names)]
+        if plan["tuning"] is not None:
+            for name in names:
+                _ = [Trial(**trial) for trial in plan["tuning"][name]]
+    except (KeyError, TypeError):
+        return False
+    return all(isinstance(count, int) for count in counts)
 
 
 def _make_plan(

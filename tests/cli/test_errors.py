@@ -179,4 +179,7 @@ def test_resume_with_settings_of_a_later_version(run, capsys):
     path.write_text(json.dumps(config))
     assert ebb("train", "--resume", "--out", run) == 2
     said = only_line(capsys.readouterr().err)
-    assert said == f"{run} was made with unknown settings: ['colour']"
+    assert said == (
+        f"{run} was made by another version of Ebb, with settings that this one does not take "
+        "(there is no colour): go on with that version, or choose another --out."
+    )

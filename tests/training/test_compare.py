@@ -187,6 +187,43 @@ def test_damaged_settings_are_named(tmp_path, capsys):
     assert said.startswith(f"{tmp_path / 'comparison.json'} is damaged (")
 
 
+def settings_change(**changes):
+    return lambda plan: plan["settings"].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "said"),
+    [
+        (lambda plan: plan["settings"].pop("extrapolate"), 1, " (which had no extrapolate)"),
+        (lambda plan: plan["settings"].pop("task_steps"), 1, " (which had no task-steps)"),
+        (settings_change(depth=3), 2, ", with settings that this one does not take (there is no d"),
+        (settings_change(mixers="rwkv3"), 2, ", with settings that this one does not take (there"),
+        (settings_change(mixers=["gla"]), 2, ", with settings that this one does not take (a val"),
+        (settings_change(seeds="two"), 2, ", with settings that this one does not take (a value "),
+        (lambda plan: plan.update(steps={"gla": 3}), 1, " (with another plan)"),
+        (lambda plan: plan["steps"].update(attention="3"), 1, " (with another plan)"),
+        (lambda plan: plan.update(tuning={}), 1, " (with another plan)"),
+        (lambda plan: plan.update(tuning={n: [{"rate": 1}] for n in NAMES}), 1, " (with another"),
+        (lambda plan: plan.update(turns=[1]), 1, " (with another plan)"),
+    ],
+)
+def test_a_folder_of_another_version_is_refused_in_a_sentence(
+    settings, tmp_path, capsys, change, status, said
+):
+    """What is written there is not touched, and the way out is named."""
+    steps = dict.fromkeys(NAMES, 3)
+    plan = {"settings": CompareConfig(**settings).to_dict(), "steps": steps, "turns": 1}
+    plan |= {"tuning": None}
+    change(plan)
+    (tmp_path / "comparison.json").write_text(json.dumps(plan))
+    before = contents(tmp_path)
+    assert ebb("compare", "--resume", "--out", tmp_path) == status
+    told = only_line(capsys.readouterr().err)
+    assert told.startswith(f"{tmp_path} was made by another version of Ebb{said}")
+    assert told.endswith(": go on with that version, or choose another --out.")
+    assert contents(tmp_path) == before
+
+
 def test_time_is_turned_into_steps_once(settings, tmp_path):
     """What the steps came to is written down before the first of them, and held to."""
     config = CompareConfig(

@@ -10,6 +10,9 @@ from comparison_results import attention, diverged, everything, gla, model, resu
 from train.report import summary_lines, write_report
 from train.report.html import page
 
+HIDDEN = """Array.from(document.querySelectorAll('svg[role]')).filter(
+    (one) => !one.checkVisibility({contentVisibilityAuto: true})).map((one) => one.textContent)"""
+"""The pictures that are in a part that is closed."""
 VOID = {"meta", "link", "br", "img"}
 SHAPES = {"path", "circle", "rect"}
 
@@ -139,6 +142,21 @@ def test_summary_comes_first_then_tables_plots_and_the_recipe(parsed):
     assert "someone" not in "".join(data for _, data in parsed.texts)
 
 
+def test_what_most_readers_want_is_open_and_the_rest_folded(source):
+    parts = re.findall(r'<details class="part"( open)?><summary><h2>([^<]*)</h2></summary>', source)
+    closed = [title for is_open, title in parts if not is_open]
+    assert closed == [
+        *("Inside the models", "Learning rates tried", "Runs"),
+        *("Attention on one sentence", "How to repeat it"),
+    ]
+    assert [title for is_open, title in parts if is_open] == [
+        *("Generation", "Longer contexts", "Task: recall", "Task: parity", "Samples", "Limits"),
+    ]
+    first = source.partition("<details class")[0]
+    assert "<h2>Summary</h2>" in first
+    assert "<h3>Loss by tokens</h3>" in first
+
+
 def test_many_findings_are_all_there_and_the_later_ones_folded():
     measured = many_models()
     measured["models"][0]["mixer"] = "attention"
@@ -209,6 +227,13 @@ def test_in_a_browser(tmp_path):
             assert browser.complaints() == []
             assert browser.requests() == [report.as_uri()]
             assert browser.run("document.documentElement.scrollWidth") <= width
+            folded = browser.run(f"({HIDDEN}).length")
+            assert folded == 14 + 1 + 6, "inside the models, learning rates, heat maps"
+            if width < 600:
+                assert browser.run("document.documentElement.scrollHeight") < 12_500
+            closed = "document.querySelectorAll('.part:not([open]) > summary')"
+            browser.run(f"{closed}.forEach((one) => one.click())")
+            assert browser.run(HIDDEN) == []
             smallest = browser.run(
                 "Math.min(...Array.from(document.querySelectorAll('figure > svg[role]'),"
                 "(x) => Math.min(x.getBoundingClientRect().width / 300,"
@@ -221,6 +246,10 @@ def test_in_a_browser(tmp_path):
                 "[getComputedStyle(document.body).backgroundColor,"
                 " getComputedStyle(document.querySelector('svg text')).fill]"
             )
+        browser.open(report, 1280, "light")
+        assert browser.run(HIDDEN) != []
+        browser.ask("Emulation.setEmulatedMedia", media="print")
+        assert browser.run(HIDDEN) == [], "on paper nothing can be opened"
         assert inks[390, "light"] != inks[390, "dark"]
         assert inks[390, "dark"] == inks[1280, "dark"]
         click = "document.querySelectorAll('table')[0].querySelectorAll('button')[3].click()"

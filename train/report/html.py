@@ -20,6 +20,9 @@ from train.report.text import safe
 
 FEW = 6
 """Findings that are shown at once."""
+ATTENTION, RECIPE = "Attention on one sentence", "How to repeat it"
+FOLDED = (INSIDE, "Learning rates tried", "Runs", ATTENTION, RECIPE)
+"""Parts that only some readers look for: closed at first, so that a phone's page is not endless."""
 
 
 def page(results: dict[str, Any]) -> str:
@@ -44,13 +47,16 @@ def page(results: dict[str, Any]) -> str:
         **{found.title: [found] for found in chart.task_charts(models)},
     }
     body += [
-        f'<section><h2>{safe(table.title)}</h2><div class="beside"><div>{_table(table)}'
-        f"{_note(prose.table_note(table.title, results))}</div>"
-        f"{pictures.row(drawn.get(table.title, []))}</div></section>"
+        _part(
+            table.title,
+            f'<div class="beside"><div>{_table(table)}'
+            f"{_note(prose.table_note(table.title, results))}</div>"
+            f"{pictures.row(drawn.get(table.title, []))}</div>",
+        )
         for table in tables.tables(results)
     ]
     body += [_attention(models), _samples(models), _recipe(results)]
-    body.append(f"<section><h2>Limits</h2><p>{safe(prose.limits(results))}</p></section>")
+    body.append(_part("Limits", f"<p>{safe(prose.limits(results))}</p>"))
     return _document(title, "\n".join(part for part in body if part))
 
 
@@ -110,6 +116,13 @@ def _summary(sections: Sequence[Section]) -> str:
     return f'<section class="summary"><h2>Summary</h2>{"".join(parts)}</section>'
 
 
+def _part(title: str, content: str) -> str:
+    """What a reader can fold."""
+    is_open = "" if title in FOLDED else " open"
+    heading = f"<summary><h2>{safe(title)}</h2></summary>"
+    return f'<details class="part"{is_open}>{heading}{content}</details>'
+
+
 def _bullets(lines: Sequence[str]) -> str:
     """With many mixers there are many findings: the later ones wait behind a click."""
     shown = FEW if len(lines) > FEW + 2 else len(lines)
@@ -162,7 +175,7 @@ def _attention(models: Sequence[dict[str, Any]]) -> str:
         for title, pictures in heat.figures(maps, "map")
     ]
     note = f"<p class=note>{safe(heat.note(maps))}</p>"
-    return f"<section><h2>Attention on one sentence</h2>{note}{''.join(shown)}</section>"
+    return _part(ATTENTION, f"{note}{''.join(shown)}")
 
 
 def _samples(models: Sequence[dict[str, Any]]) -> str:
@@ -174,16 +187,17 @@ def _samples(models: Sequence[dict[str, Any]]) -> str:
     if not quotes:
         return ""
     note = "<p class=note>Bold: the prompt. One draw each.</p>"
-    return f"<section><h2>Samples</h2>{note}{''.join(quotes)}</section>"
+    return _part("Samples", f"{note}{''.join(quotes)}")
 
 
 def _recipe(results: dict[str, Any]) -> str:
     command, note, rows = prose.recipe(results)
     cells = [[tables.Cell(text) for text in row] for row in rows]
     table = tables.Table("", ["setting", "value"], cells, numbers=False)
-    return (
-        f"<section><h2>How to repeat it</h2><pre tabindex=0><code>{safe(command)}</code></pre>"
-        f"<p class=note>{safe(note)}</p>{_table(table, sortable=False)}</section>"
+    return _part(
+        RECIPE,
+        f"<pre tabindex=0><code>{safe(command)}</code></pre>"
+        f"<p class=note>{safe(note)}</p>{_table(table, sortable=False)}",
     )
 
 

@@ -144,32 +144,28 @@ def _along(model: Mapping[str, Any], name: str) -> Points:
 
 
 def _course_note(models: Sequence[Mapping[str, Any]], lines: Sequence[Line], kind: Kind) -> str:
-    """How many times as large it has become since the first validation."""
+    """From where to where it went between the first validation and the last."""
     changes = []
     for line in lines:
-        if len(line.points) > 1 and line.points[0][1] > 0:
-            (_, first), *_, (_, last) = line.points
-            shown = f"from {three_digits(first)} to {three_digits(last)}"
-            changes.append(f"{models[line.mixer]['mixer']} {shown}")
+        if len(line.points) > 1:
+            first, last = (three_digits(line.points[place][1]) for place in (0, -1))
+            how = f"from {first} to {last}" if first != last else f"stayed at {first}"
+            changes.append(f"{models[line.mixer]['mixer']} {how}")
     which = "largest" if kind.of_layers is max else "smallest" if kind.of_layers is min else "mean"
     return f"The {which} of all layers went, in training: {', '.join(changes)}."
 
 
 def _along_note(models: Sequence[Mapping[str, Any]], lines: Sequence[Line], kind: Kind) -> str:
-    """Whose state still grows at the end of the text."""
-    grown: list[str] = []
-    steady: list[str] = []
+    """What the states still do at the end of the text."""
+    found: dict[str, list[str]] = {"still grows": [], "still shrinks": [], "has settled": []}
     for line in lines:
         if len(line.points) > 1:
-            name, (_, before), (_, last) = models[line.mixer]["mixer"], *line.points[-2:]
-            (grown if last > CHANGE * before else steady).append(name)
-    what, parts = f"The {kind.column}", []
-    if grown:
-        parts.append(f"{what} still grows in the last quarter of the text in {listed(grown)}")
-    if steady:
-        start = "it has settled by then" if grown else f"{what} has settled by the last quarter"
-        parts.append(f"{start} in {listed(steady)}")
-    return f"{'; '.join(parts)}." if parts else ""
+            (_, before), (_, last) = line.points[-2:]
+            how = "still grows" if last > CHANGE * before else "has settled"
+            how = "still shrinks" if CHANGE * last < before else how
+            found[how].append(models[line.mixer]["mixer"])
+    parts = [f"{how} in {listed(names)}" for how, names in found.items() if names]
+    return f"In the last quarter of the text the {kind.column} {', '.join(parts)}." if parts else ""
 
 
 def _summed(values: ByLayer, of_layers: Callable[[Sequence[float]], float]) -> dict[str, float]:
@@ -179,9 +175,12 @@ def _summed(values: ByLayer, of_layers: Callable[[Sequence[float]], float]) -> d
 def _ends(values: ByLayer, most: str, least: str, unit: str) -> str:
     """Who has the most and who the least of something, by the mean over layers."""
     found = _summed(values, fmean)
-    low, high = (f(found, key=lambda mixer: found[mixer]) for f in (min, max))
-    text = f"{high} {most}: {three_digits(found[high])} {unit} in the mean over layers"
-    return f"{text}; {low} {least}: {three_digits(found[low])}." if low != high else f"{text}."
+    order = sorted(found, key=lambda mixer: -found[mixer])
+    high, low = (three_digits(found[order[place]]) for place in (0, -1))
+    if len(order) > 1 and high == low:
+        return f"No difference between {listed(order)}: {high} {unit} in the mean over layers."
+    text = f"{order[0]} {most}: {high} {unit} in the mean over layers"
+    return f"{text}; {order[-1]} {least}: {low}." if len(order) > 1 else f"{text}."
 
 
 def _norm(values: ByLayer, root: float) -> str:
@@ -214,20 +213,19 @@ def _entropy(values: ByLayer, root: float) -> str:
 
 
 def _half_life(values: ByLayer, root: float) -> str:
-    shown = [
-        f"{mixer} {three_digits(min(layers.values()))} to {three_digits(max(layers.values()))}"
-        for mixer, layers in values.items()
-    ]
+    shown = []
+    for mixer, layers in values.items():
+        low, high = (three_digits(f(layers.values())) for f in (min, max))
+        shown.append(f"{mixer} {low} to {high}" if low != high else f"{mixer} {low} in all layers")
     text = "By its decay alone, half of what a layer wrote is gone after so many tokens"
     return f"{text}: {', '.join(shown)}."
 
 
 def _gradient(values: ByLayer, root: float) -> str:
-    shown = [
-        f"{mixer} {ratio_digits(max(layers.values()) / least)}"
-        for mixer, layers in values.items()
-        if (least := min(layers.values())) > 0
-    ]
+    shown = []
+    for mixer, layers in values.items():
+        low, high = min(layers.values()), max(layers.values())
+        shown.append(f"{mixer} {ratio_digits(high / low) if low > 0 else '(the smallest is zero)'}")
     return f"The largest layer's is so many times the smallest's: {', '.join(shown)}."
 
 
