@@ -157,29 +157,6 @@ def test_every_processor_computes_the_same(op, dtype, instruction_set):
 
 
 @compiled
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("time", [15, 16, 17, 31, 32, 33, 64, 100])
-@pytest.mark.parametrize("decay", [None, "mixed", "infinite"])
-def test_chunks_of_every_length(decay, time, dtype):
-    """With a decay a head: few tokens one by one, more by chunks, the last of them unfinished."""
-    case = replace(CASES["head_mixed_reset"], decay=decay, time=time, key_dim=20, scale=0.35)
-    check_form(way("additive", "native"), "additive", case, dtype)
-
-
-@compiled
-def test_a_decay_of_zero_cuts_off_what_was_before_it():
-    """In the middle of a chunk too, however large that was."""
-    inputs = make_inputs("additive", replace(CASES["head_decay"], time=40, scale=1.0))
-    inputs["log_decay"][:, 37] = -torch.inf
-    inputs["v"][:, :37] *= 1e100
-    later = {name: inputs[name][:, 37:] for name in ("q", "k", "v", "log_decay")}
-    o, state = OPS["additive"].native(**inputs)
-    expected_o, expected_state = OPS["additive"].recurrent(**later)
-    torch.testing.assert_close(o[:, 37:], expected_o, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(state, expected_state, rtol=1e-9, atol=1e-12)
-
-
-@compiled
 @pytest.mark.parametrize("batch", [1, 3])
 @every_op
 def test_two_threads_compute_what_one_does(op, batch):

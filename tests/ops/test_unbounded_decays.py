@@ -8,6 +8,8 @@ import pytest
 import torch
 from helpers import Case, assert_close, make_inputs, run, way, ways
 
+from model.ops.native import scan
+
 TIME, CHANNELS = 4096, 8
 
 
@@ -92,7 +94,8 @@ def head(number):
         pytest.param("delta", STRONG, False, id="delta_strong_heads"),
     ],
 )
-def test_a_decay_for_every_step(op, decays, per_channel):
+def test_a_decay_for_every_step(op, decays, per_channel, monkeypatch):
+    monkeypatch.setattr(scan, "SMALLEST_BY_CHUNKS", 1)
     log_decay = torch.stack([draw() for draw in decays.values()], dim=1)[None]
     check(
         "additive" if op == "bonus" else op,
