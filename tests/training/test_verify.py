@@ -246,7 +246,8 @@ def test_a_model_is_checked_with_its_own_weights():
 def test_weights_that_magnify_rounding_widen_the_tolerance_and_say_so(capsys):
     """Those of a user's model, whose sums of weights come near zero; never those drawn here."""
     options = AttentionOptions(score="relu_l1")
-    model = random_model(small_config("attention", num_layers=2, options=options))
+    config = small_config("attention", num_layers=2, options=options)
+    model = random_model(config, seed=6)  # a draw whose sums do: one of eight does
     report = verify(model, dtypes=(torch.float32,))
     assert report.ok, report.worst.sentence()
     widened = [cell for cell in report.cells if cell.widened]
