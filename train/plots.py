@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +62,7 @@ def save_plots(results: dict[str, Any], folder: Path) -> list[str]:
     if len({study.context for study in studies.values()}) == 1:
         save_lengths_plot(studies, folder / "lengths.png")
         names.append("lengths.png")
-    if charts := task_charts(models):
+    if charts := list(chain.from_iterable(task_charts(models).values())):
         said = " ".join(chart.note for chart in charts if chart.note)
         save_charts(charts, [model["mixer"] for model in models], folder / "tasks.png", said)
         names.append("tasks.png")

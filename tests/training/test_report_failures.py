@@ -24,6 +24,7 @@ from train import results as made
 from train.lengths import study_lengths
 from train.loss import next_token_loss
 from train.report import report_text, summary_lines, write_report
+from train.report.chart import task_charts
 from train.report.html import page
 
 RECALL, PARITY = (0.9, 0.8, 0.7, 0.6), (0.99, 0.9, 0.8, 0.7)
@@ -142,6 +143,24 @@ def test_trials_are_counted_once_a_width():
     (only, failed) = said_of("recall", one)
     assert only.endswith("(width 32, num pairs 32): rwkv7 60.0 ± 12.7 %.")
     assert failed.startswith("Diverged at recall: rwkv7 in 1 of 4 trials.")
+
+
+def test_models_of_several_widths_have_a_chart_each():
+    """In one chart a line went from the hardest point of a width to the easiest of the next."""
+    one = asked(rwkv7(1.4), RECALL, PARITY)
+    entries = one["tasks"]["recall"]
+    for entry, width in zip(entries, (64, 64, 32, 32), strict=True):
+        entry["point"] = {"width": width} | entry["point"]
+    charts = task_charts([one])
+    assert [chart.title for chart in charts["recall"]] == [
+        "Task: recall, width 64",
+        "Task: recall, width 32",
+    ]
+    pairs = [entry["point"]["num_pairs"] for entry in entries]
+    xs = [x for chart in charts["recall"] for x, _ in chart.lines[0].points]
+    assert xs == pairs
+    assert [chart.x.label for chart in charts["recall"]] == ["num pairs"] * 2
+    assert [chart.title for chart in charts["parity"]] == ["Task: parity"]
 
 
 @pytest.mark.parametrize(

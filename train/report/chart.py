@@ -156,31 +156,45 @@ def length_charts(models: Sequence[dict[str, Any]]) -> list[Chart]:
     return [chart for chart in charts if any(line.points for line in chart.lines)]
 
 
-def task_charts(models: Sequence[dict[str, Any]]) -> list[Chart]:
-    """Accuracy over the one number in which a task's points differ; else over their order."""
-    charts = []
+def task_charts(models: Sequence[dict[str, Any]]) -> dict[str, list[Chart]]:
+    """Those of each task; one for each width of the models where there are several."""
+    charts: dict[str, list[Chart]] = {}
     for name in studies.tasks_of(models):
         points = studies.task_points(name, models)
-        varied = [k for k in points[0] if len({repr(p.get(k)) for p in points}) > 1]
-        label, places = "Point", [float(n + 1) for n in range(len(points))]
-        text: Callable[[float], str] = plain
-        log = False
-        if len(varied) == 1 and all(isinstance(p[varied[0]], int | float) for p in points):
-            label, places = varied[0].replace("_", " "), [float(p[varied[0]]) for p in points]
-            log, text = min(places) > 0 and max(places) >= 8 * min(places), short_context
-        lines = []
-        for number, model in enumerate(models):
-            found = [
-                (x, studies.task_accuracies(name, p, model))
-                for x, p in zip(places, points, strict=True)
-            ]
-            line = [(x, 100 * fmean(one.values)) for x, one in found if one and one.values]
-            lines.append(Line(number, sorted(line)))
-        x = Axis(label, text, log=log, ticks=sorted(set(places)))
-        y = Axis("accuracy, %", plain, limits=(0.0, 100.0))
-        note = studies.task_failures(name, models)
-        charts.append(Chart(f"Task: {name}", x, y, [line for line in lines if line.points], note))
-    return [chart for chart in charts if chart.lines]
+        widths = list(dict.fromkeys(point.get("width") for point in points))
+        for width in widths:
+            title = f"Task: {name}" if len(widths) == 1 else f"Task: {name}, width {width}"
+            of_width = [point for point in points if point.get("width") == width]
+            if (found := _task_chart(title, name, of_width, models)).lines:
+                charts.setdefault(name, []).append(found)
+        if name in charts:
+            note = studies.task_failures(name, models)
+            charts[name][-1] = charts[name][-1]._replace(note=note)
+    return charts
+
+
+def _task_chart(
+    title: str, name: str, points: list[dict[str, Any]], models: Sequence[dict[str, Any]]
+) -> Chart:
+    """Accuracy over the one number in which the points differ; else over their order."""
+    varied = [k for k in points[0] if len({repr(p.get(k)) for p in points}) > 1]
+    label, places = "Point", [float(n + 1) for n in range(len(points))]
+    text: Callable[[float], str] = plain
+    log = False
+    if len(varied) == 1 and all(isinstance(p[varied[0]], int | float) for p in points):
+        label, places = varied[0].replace("_", " "), [float(p[varied[0]]) for p in points]
+        log, text = min(places) > 0 and max(places) >= 8 * min(places), short_context
+    lines = []
+    for number, model in enumerate(models):
+        found = [
+            (x, studies.task_accuracies(name, p, model))
+            for x, p in zip(places, points, strict=True)
+        ]
+        line = [(x, 100 * fmean(one.values)) for x, one in found if one and one.values]
+        lines.append(Line(number, sorted(line)))
+    x = Axis(label, text, log=log, ticks=sorted(set(places)))
+    y = Axis("accuracy, %", plain, limits=(0.0, 100.0))
+    return Chart(title, x, y, [line for line in lines if line.points])
 
 
 def tuning_charts(models: Sequence[dict[str, Any]]) -> list[Chart]:

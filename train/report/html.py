@@ -44,7 +44,7 @@ def page(results: dict[str, Any]) -> str:
         "Generation": chart.generation_charts(models),
         "Longer contexts": chart.length_charts(models),
         INSIDE: inside.charts(models),
-        **{found.title: [found] for found in chart.task_charts(models)},
+        **{f"Task: {name}": found for name, found in chart.task_charts(models).items()},
     }
     body += [
         _part(
