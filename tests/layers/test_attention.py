@@ -44,10 +44,13 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=st
 
 
 def attention(score, dtype=torch.float64, **changes):
-    """A random model; the same weights whatever the score."""
+    """A random model; the same weights whatever the score.
+
+    Draw 0 has a sum of squares near zero, which square_l1 divides by: all forms lose digits there.
+    """
     _, options = parse_mixer(f"attention:{score}")
     config = small_config("attention", options=options, num_layers=2, **changes)
-    return random_model(config, dtype=dtype)
+    return random_model(config, dtype=dtype, seed=1)
 
 
 def logits_and_gradients(model, tokens, form, reset=None, cuts=()):
