@@ -244,10 +244,9 @@ RECALL = replace(
 )
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_softmax_recalls_and_goes_on_beyond_the_trained_pairs(seed):
+def test_softmax_recalls_and_goes_on_beyond_the_trained_pairs():
     """Seeds 0 to 2 gave 99.6 to 99.9 % and 86 to 91 %."""
-    trained, beyond = trial(RECALL, "attention", 700, seed, 64)
+    trained, beyond = trial(RECALL, "attention", 700, 0, 64)
     assert trained > 0.97
     assert beyond > 0.8
 
