@@ -19,6 +19,7 @@ from model.state import ModelState
 from train.loss import next_token_loss
 from train.memory import keep_freed_memory
 from train.optimizer import make_optimizer
+from train.precision import bf16_products, choose_precision
 from train.recipes import recipe_of
 from train.tensor_memory import TensorMemory
 
@@ -114,6 +115,8 @@ def measure_training(
 ) -> dict[str, Measurement]:
     """Tokens/s of whole training steps on random tokens, one step of each model in turn.
 
+    In the precision that `ebb train` chooses.
+
     Args:
         models: by name; their weights are changed.
         context: tokens a sequence.
@@ -122,8 +125,10 @@ def measure_training(
         advance: called after every step.
     """
     keep_freed_memory()
+    bf16 = choose_precision("auto") == "bf16"
     steps = {
-        name: timed(training_step(model, context, batch_size)) for name, model in models.items()
+        name: timed(training_step(model, context, batch_size, bf16=bf16))
+        for name, model in models.items()
     }
     seconds = take_turns(steps, rounds=rounds, advance=advance)
     tokens = context * batch_size
@@ -220,7 +225,9 @@ def stepper(model: LanguageModel, state: ModelState) -> Begin:
     return begin
 
 
-def training_step(model: LanguageModel, context: int, batch_size: int) -> Callable[[], None]:
+def training_step(
+    model: LanguageModel, context: int, batch_size: int, *, bf16: bool
+) -> Callable[[], None]:
     """A whole step on random tokens, as in `ebb train`."""
     recipe = recipe_of(model.config.mixer)
     optimizer = make_optimizer(
@@ -233,6 +240,7 @@ def training_step(model: LanguageModel, context: int, batch_size: int) -> Callab
         model.config.vocab_size,
         context,
         batch_size,
+        bf16=bf16,
     )
 
 
@@ -243,13 +251,17 @@ def step_of(
     vocab_size: int,
     context: int,
     batch_size: int,
+    *,
+    bf16: bool,
 ) -> Callable[[], None]:
     """A whole step of any module: forward, backward, clipping and the optimiser."""
     tokens = torch.randint(vocab_size, (batch_size, context + 1))
 
     def run() -> None:
-        loss = loss_of(tokens[:, :-1], tokens[:, 1:])
-        torch.autograd.backward(loss)
+        with bf16_products(tokens.device, enabled=bf16) as forward:
+            with forward:
+                loss = loss_of(tokens[:, :-1], tokens[:, 1:])
+            torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -11,13 +11,19 @@ from data.loader import Batch
 from model.language_model import Block, LanguageModel
 from train import snapshot
 from train.loss import next_token_loss
+from train.precision import bf16_products
 
 REASON_LENGTH = 200
 """Characters of a compiler's message that are shown."""
 
 
 def compile_blocks(
-    model: LanguageModel, batches: list[Batch], say: Callable[[str], None], *, must: bool = False
+    model: LanguageModel,
+    batches: list[Batch],
+    say: Callable[[str], None],
+    *,
+    bf16: bool = False,
+    must: bool = False,
 ) -> bool:
     """Compiles every block, in place: one compilation serves all of the same kind.
 
@@ -28,6 +34,7 @@ def compile_blocks(
         model: to train.
         batches: of each kind that training will see.
         say: hears why it failed.
+        bf16: training multiplies in bfloat16.
         must: a run that is compiled goes on, which would not be the same without.
 
     Returns:
@@ -46,8 +53,10 @@ def compile_blocks(
             # PyTorch's tracer looks at it in every tensor that comes in, and warns of itself.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
             for batch in batches:
-                loss = next_token_loss(model, batch.inputs, batch.targets, batch.reset)
-                torch.autograd.backward(loss)
+                with bf16_products(batch.inputs.device, enabled=bf16) as forward:
+                    with forward:
+                        loss = next_token_loss(model, batch.inputs, batch.targets, batch.reset)
+                    torch.autograd.backward(loss)
     except (RuntimeError, OSError) as error:  # the compiler's own are RuntimeErrors
         uncompile(model)
         reason = _reason(error)

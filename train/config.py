@@ -11,6 +11,7 @@ from train.schedule import SCHEDULES
 from train.settings import at_least, default_folder, one_of
 
 OPTIMIZERS = ("adamw", "muon")
+PRECISIONS = ("auto", "fp32", "bf16", "fp64")
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class TrainConfig:
     clip: float = 1.0
     """Largest norm of the gradient; what is longer is scaled down to it."""
     precision: str = "auto"
-    """fp32, bf16, or auto: bf16 on a GPU that has it, fp32 elsewhere. fp64 is slow, for checks."""
+    """Of matrix products in training: bf16, fp32, or auto, which is bf16 on a GPU or CPU (AMX) that
+    is fast at it. Validation is in fp32. fp64 is slow, for checks."""
     seed: int = 0
     """Of the weights, the order of the data and the samples."""
     threads: int | None = None
@@ -161,10 +163,7 @@ class TrainConfig:
             raise ValueError("choose one of --find-lr and --resume: the search keeps no checkpoint")
         if self.find_lr and self.carry_state:
             raise ValueError("--find-lr reads windows in any order: leave --carry-state out")
-        if self.precision not in ("auto", "fp32", "bf16", "fp64"):
-            raise ValueError(
-                f"precision must be auto, fp32, bf16 or fp64, but is {self.precision!r}"
-            )
+        one_of("precision", self.precision, PRECISIONS)
         for name in ("steps", "batch_size", "context", "log_every", "eval_tokens"):
             at_least(name, getattr(self, name), 1)
         if self.backend not in ("auto", "native", "torch"):

@@ -24,6 +24,7 @@ from train.carry import Carry
 from train.config import TrainConfig
 from train.context_parallel import check_constant, pass_states
 from train.evaluate import Evaluation, evaluate
+from train.precision import bf16_products
 from train.step import Trainee, checkpoint_blocks, rounds, share
 from train.together import Together
 from train.trackers import check_trackers, usable_trackers
@@ -143,8 +144,11 @@ class Ranks(Together):
         total = torch.zeros((), device=self.device)
         for part in range(self.config.accumulate):
             mine = self.share(batch, part)
-            with self.accelerator.accumulate(self.trainee):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            with (
+                self.accelerator.accumulate(self.trainee),
+                bf16_products(self.device, enabled=bf16) as forward,
+            ):
+                with forward:
                     loss = self.trainee(*mine, carry, part)
                 self.accelerator.backward(loss)
             total = total + loss.detach()

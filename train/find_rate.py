@@ -16,10 +16,11 @@ from train.loss import next_token_loss
 from train.machine import choose_machine
 from train.memory import keep_freed_memory
 from train.optimizer import make_optimizer, set_rate
+from train.precision import bf16_products, choose_precision
 from train.progress import Display
 from train.recipes import recipe_of
 from train.run_data import run_data, training_batches
-from train.starting import dropout, new_model, seed_dropout, uses_bf16
+from train.starting import dropout, new_model, seed_dropout
 
 LOWEST, HIGHEST = 1e-5, 1.0
 STEPS = 150
@@ -111,9 +112,11 @@ def _gradients(model: LanguageModel, batch: Batch, config: TrainConfig) -> tuple
     device = model.head.weight.device
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)
     reset = None if batch.reset is None else batch.reset.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config.precision)):
-        loss = next_token_loss(model, inputs, targets, reset)
-    torch.autograd.backward(loss)
+    bf16 = choose_precision(config.precision) == "bf16"
+    with bf16_products(device, enabled=bf16) as forward:
+        with forward:
+            loss = next_token_loss(model, inputs, targets, reset)
+        torch.autograd.backward(loss)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     return float(loss.detach()), float(norm)
 

@@ -42,7 +42,6 @@ from train.starting import (
     new_model,
     seed_dropout,
     steps,
-    uses_bf16,
     warmup,
 )
 from train.trackers import start_trackers
@@ -128,6 +127,7 @@ class _Run:
         self.recipe = recipe_of(model_config.mixer)
         self.rate = config.learning_rate or self.recipe.learning_rate(model_config.d_model)
         decay = self.recipe.weight_decay if config.weight_decay is None else config.weight_decay
+        self.bf16 = machine.precision == "bf16"
         self.progress = Progress()
         if resumed is not None:
             files.fill(self.model, resumed.weights, f"The checkpoint in {self.folder}")
@@ -221,9 +221,7 @@ class _Run:
         )
         set_rate(self.optimizer, self.rate * factor)
         seed_dropout(self.dropout, self.config.seed, self.progress.step)
-        loss = self.ranks.forward_backward(
-            batch, bf16=uses_bf16(self.config.precision), carry=self.carry
-        )
+        loss = self.ranks.forward_backward(batch, bf16=self.bf16, carry=self.carry)
         norm = self.ranks.clip(self.model.parameters(), self.config.clip)
         if is_applied(loss, norm):
             if self.carry is not None:
@@ -314,7 +312,7 @@ class _Run:
         starts = torch.zeros_like(batch.inputs, dtype=torch.bool)
         kinds = [batch._replace(reset=None), batch._replace(reset=starts)]
         compiled = self.ranks.in_turn(
-            lambda: compile_blocks(self.model, kinds, self.display.say, must=must)
+            lambda: compile_blocks(self.model, kinds, self.display.say, bf16=self.bf16, must=must)
         )
         if not self.ranks.any(not compiled):
             return True
@@ -330,7 +328,8 @@ class _Run:
             f"{data.train.tokens.size:,} training tokens, "
             f"{epochs(config, data.train.tokens.size):.2f} epochs{cut}, "
             f"{f'dropout {self.dropout:g}, ' if self.dropout else ''}"
-            f"{torch.get_num_threads()} threads -> {self.folder}"
+            f"{torch.get_num_threads()} threads, {'bf16 products' if self.bf16 else 'float32'} "
+            f"-> {self.folder}"
         )
         if OPS[MIXERS[self.model.config.mixer].op].native and not native.is_available():
             self.display.say(f"The recurrence runs in plain PyTorch: {native.status()}.")

@@ -1,7 +1,7 @@
 """What a run computes with beside its settings; one that goes on computes with the same.
 
-Threads, kernels and compilation change the order of additions, and so the last digits of a loss:
-they are recorded in `config.json`, of which every snapshot has a copy.
+Threads, kernels, compilation and precision change how numbers are rounded, and so the last digits
+of a loss: they are recorded in `config.json`, of which every snapshot has a copy.
 """
 
 import dataclasses
@@ -15,10 +15,11 @@ import torch
 from model.ops import native
 from train import snapshot
 from train.config import TrainConfig
+from train.precision import choose_precision
 
 MACHINE = "machine"
 """In `config.json`: what the run computes with."""
-ASKED = ("threads", "backend", "compile")
+ASKED = ("threads", "backend", "compile", "precision")
 """Settings of a run, of the same names, which leave the choice to the machine or make it."""
 DIFFER = "from here on the numbers differ in their last digits from those of a run never stopped."
 
@@ -32,6 +33,8 @@ class Machine:
     """`native` or `torch`, as in `OPS`."""
     compile: bool
     """Whether blocks are compiled."""
+    precision: str
+    """`fp32`, `bf16` or `fp64`, of the products in a step."""
     processor: str = dataclasses.field(
         default_factory=lambda: torch.backends.cpu.get_cpu_capability()
     )
@@ -73,6 +76,7 @@ def choose_machine(config: TrainConfig, say: Callable[[str], None]) -> Machine:
         )
     if asked["backend"] == "auto":
         asked["backend"] = "native" if native.is_available() else "torch"
+    asked["precision"] = choose_precision(asked["precision"])
     machine = Machine(**{**asked, "threads": asked["threads"] or torch.get_num_threads()})
     for name in ("processor", "torch"):
         now, then = getattr(machine, name), before.get(name)

@@ -112,13 +112,6 @@ def seed_dropout(share: float, seed: int, step: int) -> None:
         torch.manual_seed((seed * 2**32 + step + 1) % 2**63)
 
 
-def uses_bf16(precision: str) -> bool:
-    """Whether training multiplies in bfloat16; validation and samples are always in float32."""
-    if precision == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return precision == "bf16"
-
-
 def _of_checkpoint(folder: Path) -> dict[str, Any]:
     """The settings that a checkpoint fixes."""
     config = files.read_config(folder)

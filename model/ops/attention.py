@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from model.ops.decay import check_shapes, state_dtype
+from model.ops.products import factor_dtype
 from model.ops.scores import SCORES, Score, find_score
 
 AnyScore = str | Score | Callable[[Tensor], Tensor]
@@ -175,13 +176,14 @@ def _fused_softmax(
     """
     if scale <= 0:  # the fused kernel would multiply the -inf of its mask too
         q, scale = q * scale, 1.0
-    queries, keys, values = (x.transpose(1, 2) for x in (q, cache.key, cache.value))
+    dtype = factor_dtype(q)
+    queries, keys, values = (x.to(dtype).transpose(1, 2) for x in (q, cache.key, cache.value))
     if first is None:
         o = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
-        return o.transpose(1, 2)
+        return o.transpose(1, 2).to(q.dtype)
     if q.shape[1] == 1 and not bool(first.any()):  # a step that sees all of it needs no mask
         o = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
-        return o.transpose(1, 2)
+        return o.transpose(1, 2).to(q.dtype)
     outputs = []
     for rows, visible in _row_blocks(first, keys.shape[2], chunk_size):
         length = visible.shape[-1]
@@ -194,7 +196,7 @@ def _fused_softmax(
                 scale=scale,
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(q.dtype)
 
 
 def _row_blocks(first: Tensor, total: int, size: int) -> Iterator[tuple[slice, Tensor]]:

@@ -18,6 +18,7 @@ from runs import ebb, only_line
 from model.config import parse_size
 from model.language_model import LanguageModel
 from model.ops import OPS, native
+from model.ops.products import has_bf16_tiles
 from train.bench import command, machine, memory
 from train.bench.command import BenchConfig, jobs_of
 from train.bench.contenders import shape_of
@@ -26,6 +27,7 @@ from train.bench.machine import Machine
 from train.bench.rows import Row, cells
 from train.benchmark import burst, take_turns
 from train.matching import num_parameters
+from train.precision import choose_precision
 
 TINY = ["--size", "1x64", "--vocab-size", "50", "--seconds", "0", "--threads", "1"]
 ROW = {
@@ -232,6 +234,25 @@ def test_plain_reads_touch_all_of_the_memory():
     assert best(large) > 3 * best(small)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", None])
+def test_products_are_compared_with_those_of_the_same_precision(capsys, precision):
+    asked = [] if precision is None else ["--precision", precision]
+    report = read(capsys, "train", *TINY, "--mixers", "gla", "--context", "64", *asked)
+    chosen = precision or choose_precision("auto")
+    (row,) = report["rows"]
+    assert row["precision"] == chosen
+    rates = {"fp32": "gemm_gflops", "bf16": "gemm_gflops_bf16"}
+    gemm = report["machine"][rates[chosen]]
+    assert row["fraction_of_gemm"] == pytest.approx(row["gflops"] / gemm, rel=0.7)
+    assert (report["machine"]["gemm_gflops_bf16"] is None) == (chosen == "fp32")
+
+
+@pytest.mark.skipif(not has_bf16_tiles(), reason="this CPU has no tiles of bfloat16")
+def test_tiles_are_faster():
+    made = Machine()
+    assert max(made.multiply("bf16")) > 1.5 * max(made.multiply())
+
+
 def test_no_plot_of_a_single_context(tmp_path):
     row = Row("train", "rwkv7", None, 64, 1, 50, 100, 16, 1, "fp32", 9.0, 8.0, 10.0, 1.0, 0.5)
     assert save_growth_plots([row], tmp_path / "x.json") == []
@@ -272,6 +293,11 @@ def test_ctrl_c_leaves_no_process_behind(capsys, monkeypatch):
         (["train", "--weights", "int8"], "weights has no effect on train: leave it out"),
         (["decode", "--batch-size", "2"], "batch-size has no effect on decode: leave it out"),
         (["decode", "--weights", "fp8"], "weights must be one of fp32, bf16, int8, int4, but"),
+        (["decode", "--precision", "bf16"], "precision has no effect on decode: leave it out"),
+        (
+            ["train", "--precision", "fp64"],
+            "there is no precision 'fp64'; choose one of fp32, bf16",
+        ),
         (["ops", "--mixers", "gla"], "mixers has no effect on ops: leave it out"),
         (["--size", "micro"], "size has no effect without a task: leave it out"),
         (["train", "--against", "rwkv"], "rwkv is not there to train: leave out --against"),

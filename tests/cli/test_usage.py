@@ -98,7 +98,7 @@ def test_overview_answers_without_loading_torch():
         (["train", "--weight-decay", "nan"], "weight-decay must be at least 0, but is nan"),
         (
             ["train", "--precision", "fp16"],
-            "precision must be auto, fp32, bf16 or fp64, but is 'fp16'",
+            "there is no precision 'fp16'; choose one of auto, fp32, bf16, fp64",
         ),
         (["compare", "--mixers", "rwkv7,rwkv7"], "mixers must be different, but are 'rwkv7"),
         (["compare", "--mixers", "rwkv7,"], "there is no mixer ''; choose one of "),

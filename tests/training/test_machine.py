@@ -14,8 +14,11 @@ from model.language_model import Block, LanguageModel
 from model.layers.channel_mix import SwiGLU
 from model.ops import native
 from model.ops.native import loading
+from model.ops.products import has_bf16_tiles
 from train import loop
 from train.compiling import compile_blocks
+from train.loss import next_token_loss
+from train.precision import bf16_products, choose_precision
 
 needs_kernels = pytest.mark.skipif(not native.is_available(), reason="no kernels were compiled")
 HINT = "from here on the numbers differ in their last digits"
@@ -39,6 +42,7 @@ def test_what_a_run_computes_with_is_written_down(flags, tmp_path):
         "threads": 1,
         "backend": "native" if native.is_available() else "torch",
         "compile": False,
+        "precision": choose_precision("auto"),
         "processor": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
     }
@@ -202,6 +206,23 @@ def test_one_compilation_serves_all_layers(quick_compiler, graphs):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@needs_kernels
+@pytest.mark.skipif(not has_bf16_tiles(), reason="this CPU has no tiles of bfloat16")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_blocks_are_compiled_in_the_precision_of_the_run(quick_compiler, graphs):
+    """So that none is left to compile when training has begun."""
+    model = LanguageModel(small_config("attention"))
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    batch = Batch(tokens, tokens, None)
+    assert compile_blocks(model, [batch], pytest.fail, bf16=True)
+    compiled = graphs["unique_graphs"]
+    with bf16_products(torch.device("cpu"), enabled=True):
+        next_token_loss(model, *batch).backward()
+    assert graphs["unique_graphs"] == compiled == 1
+    next_token_loss(model, *batch).backward()
+    assert graphs["unique_graphs"] == 2, "the test cannot tell precisions apart"
+
+
 def test_failure_to_compile_is_one_sentence_and_no_more(flags, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("no C++ compiler\nwas found")
@@ -234,3 +255,17 @@ def test_compiled_run_does_not_go_on_uncompiled_by_itself(
     assert said.endswith("to go on without, add --no-compile")
     assert ebb("train", "--resume", "--out", run, "--no-compile") == 0
     assert f"compile False instead of True: {HINT}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_goes_on_in_the_precision_that_it_was_begun_in(flags, tmp_path, monkeypatch, capsys):
+    """On a machine where `auto` would choose another."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
+    assert ebb(*flags, "--out", tmp_path / "whole") == 0
+    run = interrupted_run(flags, tmp_path / "run", monkeypatch)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert choose_precision("auto") == "bf16"
+    capsys.readouterr()
+    assert ebb("train", "--resume", "--out", run) == 0
+    assert "1 threads, float32 ->" in " ".join(capsys.readouterr().err.split())
+    assert machine(run)["precision"] == "fp32"
+    assert repeatable(run) == repeatable(tmp_path / "whole")

@@ -27,8 +27,9 @@ from train.bench.ops import measure_op
 from train.bench.rows import Row, machine_line, markdown, table
 from train.bench.tasks import Budget, measure
 from train.memory import keep_freed_memory
+from train.precision import choose_precision
 from train.progress import Display
-from train.settings import at_least, parse_count
+from train.settings import at_least, one_of, parse_count
 
 STEP = 2048
 """Tokens of a training step, where one sequence is not longer."""
@@ -51,7 +52,7 @@ DEFAULTS = {
         (("micro", (256, 1024, 4096)), ("4x512", (256,))),
         "rwkv7,attention",
         256,
-        (*COMMON, "batch_size"),
+        (*COMMON, "batch_size", "precision"),
     ),
     "prefill": Defaults((("small", (512,)),), "rwkv7,attention", 65_536, COMMON),
     "decode": Defaults((("small", (128,)),), "rwkv7", 65_536, (*COMMON, "weights")),
@@ -106,6 +107,8 @@ class BenchConfig:
     weights: str | None = None
     """Formats to decode in, with commas between: fp32, bf16, int8 and int4. All that a mixer can
     be had in if not given."""
+    precision: str | None = None
+    """Of matrix products in training: fp32 or bf16; what `ebb train` would choose if not given."""
     against: str | None = None
     """transformers (its RWKV-4 and Mamba-2, and Llama but for training), rwkv (the package, which
     decodes), or both with a comma between."""
@@ -133,7 +136,7 @@ class BenchConfig:
                 f"there is no task {self.task!r}; choose one of {', '.join(DEFAULTS)}, or none"
             )
         takes = FOR_ALL if self.task is None else DEFAULTS[self.task].takes
-        for name in (*COMMON, "batch_size", "weights"):
+        for name in (*COMMON, "batch_size", "weights", "precision"):
             if getattr(self, name) is not None and name not in takes:
                 where = f"on {self.task}" if self.task else "without a task"
                 raise ValueError(f"{name.replace('_', '-')} has no effect {where}: leave it out")
@@ -223,7 +226,7 @@ def jobs_of(task: str, config: BenchConfig) -> list[list[Job]]:
         lengths = _lengths(config) or contexts or defaults.shapes[0][1]
         groups.append(
             [
-                Job(task, contender, context, _batch_size(task, context, config))
+                _job(task, contender, context, config)
                 for context in lengths
                 for contender in contenders
             ]
@@ -233,8 +236,11 @@ def jobs_of(task: str, config: BenchConfig) -> list[list[Job]]:
     return groups
 
 
-def _batch_size(task: str, context: int, config: BenchConfig) -> int:
-    return config.batch_size or max(1, STEP // context) if task == "train" else 1
+def _job(task: str, contender: Contender, context: int, config: BenchConfig) -> Job:
+    if task != "train":
+        return Job(task, contender, context)
+    batch_size = config.batch_size or max(1, STEP // context)
+    return Job(task, contender, context, batch_size, choose_precision(config.precision or "auto"))
 
 
 def _lengths(config: BenchConfig) -> list[int]:
@@ -290,6 +296,8 @@ def _check_names(config: BenchConfig) -> None:
         raise ValueError(f"mixers must be different, but are {config.mixers!r}")
     for weights in names_in(config.weights):
         check_weights(weights)
+    if config.precision is not None:
+        one_of("precision", config.precision, ("fp32", "bf16"))
     if config.size is not None:
         parse_size(config.size)
     _lengths(config)

@@ -58,8 +58,8 @@ class Running(ABC):
     head: int
 
     @abstractmethod
-    def training(self, context: int, batch_size: int) -> Callable[[], object]:
-        """A step."""
+    def training(self, context: int, batch_size: int, *, bf16: bool) -> Callable[[], object]:
+        """A step, with its products in bfloat16 or not."""
 
     @abstractmethod
     def prefilling(self, context: int) -> Callable[[], object]:
@@ -83,9 +83,9 @@ class Own(Running):
         self.multiplied = self.parameters - model.embedding.weight.numel()
         self.head = model.head.weight.numel()
 
-    def training(self, context: int, batch_size: int) -> Callable[[], object]:
+    def training(self, context: int, batch_size: int, *, bf16: bool) -> Callable[[], object]:
         """A step as in `ebb train`."""
-        return training_step(self._model, context, batch_size)
+        return training_step(self._model, context, batch_size, bf16=bf16)
 
     def prefilling(self, context: int) -> Callable[[], object]:
         """Reads random tokens."""

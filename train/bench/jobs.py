@@ -17,12 +17,14 @@ class Job:
     context: int
     """Tokens of a sequence; decoding, tokens already read."""
     batch_size: int = 1
+    precision: str = "fp32"
+    """Of products in training."""
 
 
 def prepared(job: Job, running: Running) -> Callable[[], object]:
     """What is done, once: a step, a prompt, or a burst of tokens."""
     if job.task == "train":
-        return running.training(job.context, job.batch_size)
+        return running.training(job.context, job.batch_size, bf16=job.precision == "bf16")
     if job.task == "prefill":
         return running.prefilling(job.context)
     begin, _ = running.decoding(job.context)

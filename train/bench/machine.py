@@ -14,6 +14,7 @@ from torch import Tensor
 from model.ops import native
 from model.ops.native.program import huge_pages
 from model.ops.native.step import read_all
+from train.precision import bf16_products
 
 WIDTH = 1024
 """Rows and columns of the matrices that the rate of matrix products is measured with."""
@@ -28,20 +29,21 @@ class Machine:
     """Collects measurements of matrix products and plain reads over a whole run."""
 
     def __init__(self) -> None:
-        self._gflops: list[float] = []
+        self._gflops: dict[str, list[float]] = {"fp32": [], "bf16": []}
         self._bandwidths: list[float] = []
         self._matrices = [torch.rand(WIDTH, WIDTH) for _ in range(3)]
         self._memory = torch.empty(0)
 
-    def multiply(self) -> list[float]:
-        """A turn: GFLOP/s of some float32 products."""
+    def multiply(self, precision: str = "fp32") -> list[float]:
+        """A turn: GFLOP/s of some products of float32 matrices in this precision."""
         a, b, out = self._matrices
         found = []
-        for _ in range(PRODUCTS):
-            start = time.perf_counter()
-            torch.mm(a, b, out=out)
-            found.append(2e-9 * WIDTH**3 / (time.perf_counter() - start))
-        self._gflops += found[1:]  # the first brings threads and caches back
+        with bf16_products(a.device, enabled=precision == "bf16"):
+            for _ in range(PRODUCTS):
+                start = time.perf_counter()
+                torch.mm(a, b, out=out)
+                found.append(2e-9 * WIDTH**3 / (time.perf_counter() - start))
+        self._gflops[precision] += found[1:]  # the first brings threads and caches back
         return found[1:]
 
     def reading(self, count: int) -> Callable[[], Callable[[Tensor], object]]:
@@ -78,7 +80,8 @@ class Machine:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: medians over the run."""
         return {
-            "gemm_gflops": median(self._gflops),
+            "gemm_gflops": median(self._gflops["fp32"]),
+            "gemm_gflops_bf16": median(rounded) if (rounded := self._gflops["bf16"]) else None,
             "bandwidth_gbs": median(self._bandwidths),
             "threads": torch.get_num_threads(),
             "cores": os.cpu_count(),

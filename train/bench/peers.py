@@ -85,7 +85,7 @@ class Transformers(Running):
         self.multiplied = self.parameters - count(self._model.get_input_embeddings())
         self.head = count(self._model.get_output_embeddings())
 
-    def training(self, context: int, batch_size: int) -> Callable[[], object]:
+    def training(self, context: int, batch_size: int, *, bf16: bool) -> Callable[[], object]:
         """A step like ours, with one group of parameters."""
         model, recipe = self._model.train(), recipe_of(self._shape.mixer)
         optimizer = torch.optim.AdamW(
@@ -108,6 +108,7 @@ class Transformers(Running):
             self._shape.vocab_size,
             context,
             batch_size,
+            bf16=bf16,
         )
 
     def prefilling(self, context: int) -> Callable[[], object]:
@@ -203,7 +204,7 @@ class RwkvPackage(Running):
             torch.save(to_official(model.config, model.state_dict(), complete_first=True), path)
             self._model = package.RWKV(model=str(path.with_suffix("")), strategy="cpu fp32")
 
-    def training(self, context: int, batch_size: int) -> Callable[[], object]:
+    def training(self, context: int, batch_size: int, *, bf16: bool) -> Callable[[], object]:
         """Not there."""
         raise AssertionError("the package does not train")
 

@@ -51,6 +51,8 @@ class Row:
     """Of the rate of a plain read of as many bytes, measured in turn with it."""
     peak_memory_bytes: int | None = None
     """Of a process that does only this, beyond Python and its libraries."""
+    precision: str | None = None
+    """Of matrix products, where there are any."""
 
     def with_memory(self, peak: int | None) -> "Row":
         """The same with a peak."""
@@ -79,6 +81,7 @@ def cells(row: Row) -> dict[str, str]:
         "vocabulary": _or_none(row.vocab_size, "{:,}".format),
         "parameters": _or_none(row.parameters, readable_count),
         "weights": row.weights or "" if row.task == "decode" else "",
+        "precision": row.precision or "" if row.task == "train" else "",
         "context": short_context(row.context),
         "batch": str(row.batch) if row.task == "train" else "",
         "tokens/s": three_digits(row.tokens_per_s),
@@ -93,7 +96,7 @@ def cells(row: Row) -> dict[str, str]:
     }
 
 
-LEFT = ("model", "form", "shape", "weights")
+LEFT = ("model", "form", "shape", "weights", "precision")
 """Columns of words."""
 
 
@@ -130,8 +133,11 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def machine_line(machine: dict[str, Any]) -> str:
     """What the rows are compared with."""
+    rounded = machine["gemm_gflops_bf16"]
+    in_bf16 = f", in bf16 {rounded:,.0f}" if rounded else ""
     return (
         f"{machine['processor']}, {machine['threads']} threads: matrix products "
-        f"{machine['gemm_gflops']:.0f} GFLOP/s, plain reads {machine['bandwidth_gbs']:.1f} GB/s "
-        f"(medians of this run); recurrences: {machine['recurrences']}"
+        f"{machine['gemm_gflops']:.0f} GFLOP/s{in_bf16}, plain reads "
+        f"{machine['bandwidth_gbs']:.1f} GB/s (medians of this run); recurrences: "
+        f"{machine['recurrences']}"
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 from train.bench.contenders import Contender, Running, Workshop
@@ -26,7 +27,7 @@ def measure(jobs: Sequence[Job], machine: Machine, budget: Budget) -> list[Row]:
     """All jobs take turns with each other, with matrix products and, decoding, with plain reads.
 
     Args:
-        jobs: of one task.
+        jobs: of one task and one precision.
         machine: collects what it can do.
         budget: of each job.
 
@@ -49,7 +50,7 @@ def _steps(
     runs: dict[Hashable, Callable[[], Sequence[float]]] = {
         job: timed(prepared(job, models[job.contender])) for job in jobs
     }
-    runs[GEMM] = machine.multiply
+    runs[GEMM] = partial(machine.multiply, jobs[0].precision)
     found = take_turns(runs, rounds=budget.rounds, seconds=budget.seconds * len(jobs))
     gemm = median(found[GEMM])
     rows = []
@@ -105,4 +106,5 @@ def _row(job: Job, running: Running, speed: Measurement, gemm: float) -> Row:
         tokens_per_s_high=speed.high,
         gflops=gflops,
         fraction_of_gemm=gflops / gemm,
+        precision=None if job.task == "decode" else job.precision,
     )

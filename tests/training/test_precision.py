@@ -1,0 +1,148 @@
+"""Products in bfloat16: where they are chosen, what they change and what they leave alone."""
+
+import contextlib
+
+import pytest
+import torch
+from model_helpers import small_config
+from runs import TINY, ebb, metrics
+
+from model.language_model import LanguageModel
+from model.layers import MIXERS
+from model.ops import OPS
+from model.ops.products import has_bf16_tiles
+from train import precision
+from train.loss import next_token_loss
+from train.precision import bf16_products, choose_precision
+
+CPU = torch.device("cpu")
+needs_tiles = pytest.mark.skipif(not has_bf16_tiles(), reason="this CPU has no tiles of bfloat16")
+
+
+@pytest.fixture
+def without_tiles(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+
+
+def test_auto_is_bf16_where_there_are_tiles(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for tiles, expected in [({"amx_bf16": True}, "bf16"), ({"amx_bf16": False}, "fp32")]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda tiles=tiles: tiles)
+        assert choose_precision("auto") == expected
+        assert choose_precision("fp32") == "fp32"
+        assert choose_precision("bf16") == "bf16"
+
+
+def test_auto_is_fp32_on_other_processors(monkeypatch):
+    """Those of other makers list other capabilities."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"})
+    assert choose_precision("auto") == "fp32"
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_auto_on_a_gpu_does_not_ask_the_cpu(monkeypatch, supported):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
+    monkeypatch.setattr(precision, "has_bf16_tiles", lambda: not supported)
+    assert choose_precision("auto") == ("bf16" if supported else "fp32")
+
+
+def gradients(mixer, *, bf16):
+    """Loss and gradients of a batch, and whether the loss came from inside an autocast region."""
+    torch.manual_seed(0)
+    model = LanguageModel(small_config(mixer))
+    tokens = torch.randint(model.config.vocab_size, (4, 65))
+    with bf16_products(CPU, enabled=bf16) as forward:
+        with forward:
+            loss = next_token_loss(model, tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def check_near(mixer):
+    """Rounded somewhere, and nowhere by more than bfloat16's 8 bits bring about in a few layers."""
+    loss, found = gradients(mixer, bf16=True)
+    exact_loss, exact = gradients(mixer, bf16=False)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(exact_loss), rel=2e-3)
+    assert any(not torch.equal(found[name], exact[name]) for name in exact)
+    for name, gradient in exact.items():
+        assert found[name].dtype == torch.float32
+        error = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
+        assert error < 0.05, name
+
+
+@needs_tiles
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_gradients_are_near_those_in_float32(mixer):
+    check_near(mixer)
+
+
+@pytest.mark.parametrize("mixer", ["rwkv7", "attention"])
+def test_gradients_are_near_those_in_float32_without_tiles(mixer, without_tiles):
+    """By autocast, as on a GPU."""
+    check_near(mixer)
+
+
+@needs_tiles
+def test_products_are_exact_again_afterwards():
+    """Of whatever happens in a step: validation and samples are in float32."""
+    a, b = torch.randn(64, 64), torch.randn(64, 64)
+    exact = a @ b
+    with contextlib.suppress(ZeroDivisionError), bf16_products(CPU, enabled=True):
+        assert not torch.equal(a @ b, exact)
+        raise ZeroDivisionError
+    assert torch.equal(a @ b, exact)
+    with bf16_products(CPU, enabled=False):
+        assert torch.equal(a @ b, exact)
+
+
+@needs_tiles
+@pytest.mark.parametrize("form", ["parallel", "chunked"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_scores_of_attention_are_products_too(form, packed):
+    torch.manual_seed(1)
+    q, k, v = torch.randn(3, 2, 40, 2, 16).unbind()
+    reset = torch.zeros(2, 40, dtype=torch.bool)
+    reset[:, 17] = True
+    attend = OPS["attention"].form(form)
+    exact, _ = attend(q, k, v, reset=reset if packed else None)
+    with bf16_products(CPU, enabled=True):
+        rounded, cache = attend(q, k, v, reset=reset if packed else None)
+    assert rounded.dtype == cache.key.dtype == cache.value.dtype == torch.float32
+    assert torch.equal(cache.key, k)
+    assert 1e-4 < (rounded - exact).abs().max() / exact.abs().max() < 2e-2
+
+
+@needs_tiles
+def test_other_precisions_of_attention_are_left_alone():
+    """float64, for checks."""
+    q, k, v = torch.randn(3, 1, 9, 2, 16, dtype=torch.float64).unbind()
+    attend = OPS["attention"].form("parallel")
+    exact, _ = attend(q, k, v)
+    with bf16_products(CPU, enabled=True):
+        assert torch.equal(attend(q, k, v)[0], exact)
+
+
+@pytest.fixture
+def flags(workshop):
+    return [
+        *("train", "--data", workshop / "text.txt", *TINY, "--mixer", "rwkv7"),
+        *("--steps", "4", "--sample-every", "0", "--log-every", "1", "--eval-every", "2"),
+    ]
+
+
+@needs_tiles
+def test_a_run_multiplies_in_bf16_unless_told_otherwise(flags, tmp_path, capsys):
+    for name, more in [("auto", []), ("bf16", ["--precision", "bf16"])]:
+        assert ebb(*flags, *more, "--out", tmp_path / name) == 0
+        assert "bf16 products" in " ".join(capsys.readouterr().err.split())
+    assert ebb(*flags, "--precision", "fp32", "--out", tmp_path / "fp32") == 0
+    assert "1 threads, float32" in " ".join(capsys.readouterr().err.split())
+    losses = {
+        name: [line["loss"] for line in metrics(tmp_path / name) if "loss" in line]
+        for name in ("auto", "bf16", "fp32")
+    }
+    assert losses["auto"] == losses["bf16"] != losses["fp32"]
+    assert losses["auto"] == pytest.approx(losses["fp32"], rel=5e-3)
