@@ -76,7 +76,8 @@ def choose_machine(config: TrainConfig, say: Callable[[str], None]) -> Machine:
         )
     if asked["backend"] == "auto":
         asked["backend"] = "native" if native.is_available() else "torch"
-    asked["precision"] = choose_precision(asked["precision"])
+    with native.switched(on=asked["backend"] == "native"):
+        asked["precision"] = choose_precision(asked["precision"])
     machine = Machine(**{**asked, "threads": asked["threads"] or torch.get_num_threads()})
     for name in ("processor", "torch"):
         now, then = getattr(machine, name), before.get(name)

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from model.ops import native
 from model.ops.products import has_bf16_tiles, rounded_to_bf16
 
 
@@ -14,7 +15,15 @@ def choose_precision(asked: str) -> str:
         return asked
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if has_bf16_tiles() else "fp32"
+    return "bf16" if can_round() else "fp32"
+
+
+def can_round() -> bool:
+    """Whether products on the CPU can be rounded, with no loss to the recurrences.
+
+    Theirs must not be. The native kernels have none that PyTorch sees.
+    """
+    return has_bf16_tiles() and native.is_available()
 
 
 @contextmanager
@@ -25,6 +34,6 @@ def bf16_products(
 
     On a CPU with tiles it is `rounded_to_bf16`, elsewhere autocast, around the forward pass.
     """
-    tiled = enabled and device.type == "cpu" and has_bf16_tiles()
-    with rounded_to_bf16() if tiled else nullcontext():
-        yield torch.autocast(device.type, torch.bfloat16, enabled=enabled and not tiled)
+    rounds = enabled and device.type == "cpu" and can_round()
+    with rounded_to_bf16() if rounds else nullcontext():
+        yield torch.autocast(device.type, torch.bfloat16, enabled=enabled and not rounds)

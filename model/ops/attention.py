@@ -15,12 +15,17 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from model.ops.decay import check_shapes, state_dtype
-from model.ops.products import factor_dtype
+from model.ops.flash import flash
+from model.ops.products import is_rounded
 from model.ops.scores import SCORES, Score, find_score
 
 AnyScore = str | Score | Callable[[Tensor], Tensor]
 """A row of `SCORES`, a score such as `polynomial(2)`, or any function from a row of visible scores
 to a row of weights, `[rows, H, n] -> [rows, H, n]`."""
+
+
+LEAST_ROUNDED = 512
+"""Tokens from which on PyTorch's kernel is faster in bfloat16; its backward pass is not, before."""
 
 
 class KVCache(NamedTuple):
@@ -176,14 +181,17 @@ def _fused_softmax(
     """
     if scale <= 0:  # the fused kernel would multiply the -inf of its mask too
         q, scale = q * scale, 1.0
-    dtype = factor_dtype(q)
-    queries, keys, values = (x.to(dtype).transpose(1, 2) for x in (q, cache.key, cache.value))
+    queries, keys, values = (x.transpose(1, 2) for x in (q, cache.key, cache.value))
+    if first is None and is_rounded(q) and queries.shape == values.shape:
+        dtype = torch.bfloat16 if q.shape[1] >= LEAST_ROUNDED else torch.float32
+        o: Tensor = flash(queries.to(dtype), keys.to(dtype), values.to(dtype), scale)[0]
+        return o.transpose(1, 2).to(q.dtype)
     if first is None:
         o = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
-        return o.transpose(1, 2).to(q.dtype)
+        return o.transpose(1, 2)
     if q.shape[1] == 1 and not bool(first.any()):  # a step that sees all of it needs no mask
         o = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
-        return o.transpose(1, 2).to(q.dtype)
+        return o.transpose(1, 2)
     outputs = []
     for rows, visible in _row_blocks(first, keys.shape[2], chunk_size):
         length = visible.shape[-1]
@@ -196,7 +204,7 @@ def _fused_softmax(
                 scale=scale,
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(q.dtype)
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _row_blocks(first: Tensor, total: int, size: int) -> Iterator[tuple[slice, Tensor]]:

@@ -20,18 +20,29 @@ def rounded_to_bf16() -> Iterator[None]:
 
     Everything else stays in float32, what a product gives too.
     """
+    with _rounding(on=has_bf16_tiles()):
+        yield
+
+
+@contextmanager
+def not_rounded() -> Iterator[None]:
+    """Products in it are exact inside `rounded_to_bf16` too."""
+    with _rounding(on=False):
+        yield
+
+
+@contextmanager
+def _rounding(*, on: bool) -> Iterator[None]:
     global _rounded
     products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
     before = _rounded, products.fp32_precision
-    if has_bf16_tiles():
-        _rounded, products.fp32_precision = True, "bf16"
+    _rounded, products.fp32_precision = on, "bf16" if on else "ieee"
     try:
         yield
     finally:
         _rounded, products.fp32_precision = before
 
 
-def factor_dtype(x: Tensor) -> torch.dtype:
-    """What `x` is to be turned into for a kernel that multiplies in the precision it is given."""
-    rounded = _rounded and x.device.type == "cpu" and x.dtype == torch.float32
-    return torch.bfloat16 if rounded else x.dtype
+def is_rounded(x: Tensor) -> bool:
+    """Whether products of `x` are."""
+    return _rounded and x.device.type == "cpu" and x.dtype == torch.float32

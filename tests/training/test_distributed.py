@@ -33,7 +33,7 @@ def flags(workshop):
         *("--data", text, "--size", "nano", "--tokenizer", "bytes", "--context", "16"),
         *("--batch-size", "4", "--eval-tokens", "48", "--eval-every", "10", "--threads", "1"),
         # At the rate of the recipe, four times this at that width, rounding grows with the steps.
-        *("--ffn-dim", "64", "--learning-rate", "0.001"),
+        *("--ffn-dim", "64", "--learning-rate", "0.001", "--precision", "fp32"),
         *("--log-every", "1", "--save-every", "2", "--sample-every", "0"),
     ]
 

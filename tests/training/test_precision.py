@@ -4,19 +4,27 @@ import contextlib
 
 import pytest
 import torch
+from helpers import assert_close
 from model_helpers import small_config
 from runs import TINY, ebb, metrics
 
 from model.language_model import LanguageModel
 from model.layers import MIXERS
-from model.ops import OPS
-from model.ops.products import has_bf16_tiles
+from model.ops import OPS, attention, native
+from model.ops.flash import flash
 from train import precision
 from train.loss import next_token_loss
 from train.precision import bf16_products, choose_precision
 
 CPU = torch.device("cpu")
-needs_tiles = pytest.mark.skipif(not has_bf16_tiles(), reason="this CPU has no tiles of bfloat16")
+needs_kernels = pytest.mark.skipif(not native.is_available(), reason="no kernels were compiled")
+needs_tiles = pytest.mark.skipif(
+    not precision.can_round(), reason="no tiles of bfloat16, or no kernels"
+)
+
+
+def named(o, gradients):
+    return {"o": o.detach(), **dict(zip("qkv", gradients, strict=True))}
 
 
 @pytest.fixture
@@ -24,6 +32,7 @@ def without_tiles(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
 
 
+@needs_kernels
 def test_auto_is_bf16_where_there_are_tiles(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for tiles, expected in [({"amx_bf16": True}, "bf16"), ({"amx_bf16": False}, "fp32")]:
@@ -31,6 +40,35 @@ def test_auto_is_bf16_where_there_are_tiles(monkeypatch):
         assert choose_precision("auto") == expected
         assert choose_precision("fp32") == "fp32"
         assert choose_precision("bf16") == "bf16"
+
+
+def test_auto_is_fp32_without_kernels(monkeypatch):
+    """Else the products within the recurrences would be rounded, decays and all."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    with native.switched(on=False):
+        assert choose_precision("auto") == "fp32"
+
+
+@needs_kernels
+@needs_tiles
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_recurrences_are_not_rounded(backend):
+    """Nor are their gradients, on either backend."""
+    torch.manual_seed(3)
+    tensors = [x.requires_grad_() for x in torch.randn(3, 2, 70, 2, 16).unbind()]
+    recurrence = OPS["additive"].form("chunked", backend)
+
+    def run():
+        o, _ = recurrence(*tensors)
+        return named(o, torch.autograd.grad(o.square().sum(), tensors))
+
+    exact = run()
+    with native.switched(on=backend == "native"), bf16_products(CPU, enabled=True) as forward:
+        with forward:
+            o, _ = recurrence(*tensors)
+        found = named(o, torch.autograd.grad(o.square().sum(), tensors))
+    assert_close(found, exact, torch.float32)
 
 
 def test_auto_is_fp32_on_other_processors(monkeypatch):
@@ -44,7 +82,7 @@ def test_auto_is_fp32_on_other_processors(monkeypatch):
 def test_auto_on_a_gpu_does_not_ask_the_cpu(monkeypatch, supported):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
-    monkeypatch.setattr(precision, "has_bf16_tiles", lambda: not supported)
+    monkeypatch.setattr(precision, "can_round", lambda: not supported)
     assert choose_precision("auto") == ("bf16" if supported else "fp32")
 
 
@@ -101,7 +139,8 @@ def test_products_are_exact_again_afterwards():
 @needs_tiles
 @pytest.mark.parametrize("form", ["parallel", "chunked"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_scores_of_attention_are_products_too(form, packed):
+def test_scores_of_attention_are_products_too(form, packed, monkeypatch):
+    monkeypatch.setattr(attention, "LEAST_ROUNDED", 40)
     torch.manual_seed(1)
     q, k, v = torch.randn(3, 2, 40, 2, 16).unbind()
     reset = torch.zeros(2, 40, dtype=torch.bool)
@@ -113,6 +152,28 @@ def test_scores_of_attention_are_products_too(form, packed):
     assert rounded.dtype == cache.key.dtype == cache.value.dtype == torch.float32
     assert torch.equal(cache.key, k)
     assert 1e-4 < (rounded - exact).abs().max() / exact.abs().max() < 2e-2
+
+
+@needs_tiles
+@pytest.mark.parametrize("scale", [0.25, -0.25])
+def test_scores_of_short_texts_are_exact(scale):
+    """There the kernel is slower in bfloat16, and slow where PyTorch rounds what it multiplies."""
+    torch.manual_seed(2)
+    tensors = [x.requires_grad_() for x in torch.randn(3, 2, 40, 2, 16).unbind()]
+    attend = OPS["attention"].form("chunked")
+
+    def run():
+        o, _ = attend(*tensors, scale=scale)
+        return named(o, torch.autograd.grad(o.square().sum(), tensors))
+
+    exact = run()
+    with bf16_products(CPU, enabled=True):
+        assert_close(run(), exact, torch.float32)
+
+
+def test_the_kernel_of_attention_is_an_operator_like_any_other():
+    q, k, v = (x.transpose(1, 2) for x in torch.randn(3, 2, 9, 3, 8).unbind())
+    torch.library.opcheck(flash, (q.requires_grad_(), k, v, 0.3))
 
 
 @needs_tiles
