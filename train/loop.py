@@ -26,6 +26,7 @@ from train.machine import Machine, choose_machine
 from train.memory import keep_freed_memory
 from train.metrics import MetricsLog
 from train.optimizer import make_optimizer, set_rate
+from train.precision import bf16_products
 from train.progress import Display
 from train.recipes import recipe_of
 from train.resume import Progress, check_data, claim_folder, is_applied
@@ -226,7 +227,8 @@ class _Run:
         if is_applied(loss, norm):
             if self.carry is not None:
                 self.carry.keep()
-            self.optimizer.step()
+            with bf16_products(self.ranks.device, enabled=self.bf16):  # Muon has some
+                self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
 

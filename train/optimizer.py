@@ -88,7 +88,7 @@ def orthogonalized(
 
     Newton-Schulz: each step applies `a s + b s^3 + c s^5` to every singular value s (Jordan 2024,
     kellerjordan.github.io/posts/muon). On a GPU it works in bfloat16, as PyTorch does, elsewhere in
-    the precision of the matrix.
+    the precision of the matrix, with its products as the step has them.
 
     Args:
         matrix: `[M, N]`, of any scale.
