@@ -82,7 +82,13 @@ def results(*models):
             "seeds": list(range(len(models[0]["runs"]))),
             "command": command,
         },
-        "machine": {"processor": "A CPU", "threads": 2, "torch": "2.13.0", "ebb": "0.1.0"},
+        "machine": {
+            "processor": "A CPU",
+            "threads": 2,
+            "precision": "bf16",
+            "torch": "2.13.0",
+            "ebb": "0.1.0",
+        },
         "data": {
             "name": "sotu",
             "tokenizer": "bpe",

@@ -25,6 +25,7 @@ from train.instruments import parse_instruments
 from train.lengths import study_lengths, study_size
 from train.loop import TrainResult
 from train.metrics import read_metrics
+from train.precision import choose_precision
 from train.prepare import PreparedData
 from train.progress import Display
 from train.report.outcomes import is_softmax
@@ -89,6 +90,7 @@ def measure(
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
+            "precision": choose_precision("auto"),
             "torch": torch.__version__,
             "ebb": metadata.version("ebb-lm"),
         },

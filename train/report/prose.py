@@ -76,6 +76,7 @@ def recipe(results: dict[str, Any]) -> tuple[str, str, list[tuple[str, str]]]:
         ("training, validation tokens", f"{data['train_tokens']:,}, {data['validation_tokens']:,}"),
         ("ebb, torch", f"{machine['ebb']}, {machine['torch']}"),
         ("processor", f"{machine['processor']}, {machine['threads']} threads"),
+        ("products in training", machine.get("precision", "fp32")),  # older ones had no choice
     ]
     optional = (("budget", "budget"), ("tune", "learning rates tried"))
     rows[1:1] = [(name, str(settings[key])) for key, name in optional if settings.get(key)]
