@@ -19,7 +19,7 @@ from model.state import ModelState
 from train.loss import next_token_loss
 from train.memory import keep_freed_memory
 from train.optimizer import make_optimizer
-from train.precision import bf16_products, choose_precision
+from train.precision import CPU, bf16_products, is_fast_in_bf16
 from train.recipes import recipe_of
 from train.tensor_memory import TensorMemory
 
@@ -115,7 +115,7 @@ def measure_training(
 ) -> dict[str, Measurement]:
     """Tokens/s of whole training steps on random tokens, one step of each model in turn.
 
-    In the precision that `ebb train` chooses.
+    In the precision that `ebb train` chooses on a CPU.
 
     Args:
         models: by name; their weights are changed.
@@ -125,7 +125,7 @@ def measure_training(
         advance: called after every step.
     """
     keep_freed_memory()
-    bf16 = choose_precision("auto") == "bf16"
+    bf16 = is_fast_in_bf16(CPU)
     steps = {
         name: timed(training_step(model, context, batch_size, bf16=bf16))
         for name, model in models.items()

@@ -213,7 +213,7 @@ NOT_OF_THE_RUN = ("out", "resume", "find_lr", "shard", "context_parallel")
 
 FREE_ON_RESUME = (
     *(*NOT_OF_THE_RUN, "log_every", "eval_every", "sample_every", "save_every"),
-    *("keep", "max_skipped", "threads", "backend", "compile"),
+    *("keep", "max_skipped", "threads", "backend", "compile", "precision"),
     *("accumulate", "checkpoint_activations", "track", "instruments"),
 )
 """Settings that a resumed run may change without becoming another run."""

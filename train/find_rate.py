@@ -16,7 +16,7 @@ from train.loss import next_token_loss
 from train.machine import choose_machine
 from train.memory import keep_freed_memory
 from train.optimizer import make_optimizer, set_rate
-from train.precision import bf16_products, choose_precision
+from train.precision import bf16_products
 from train.progress import Display
 from train.recipes import recipe_of
 from train.run_data import run_data, training_batches
@@ -67,20 +67,22 @@ class RangeTest:
         return float(f"{self.best / MARGIN:.1e}")
 
 
-def find_rate(config: TrainConfig, display: Display) -> RangeTest:
+def find_rate(config: TrainConfig, precision: str, display: Display) -> RangeTest:
     """Trains a model of the settings for a few steps, with a rising rate, and throws it away.
+
+    `precision` is what `auto` has become.
 
     Raises:
         ValueError: for settings or data that cannot be used.
     """
     data = run_data(config, display)
     batches = training_batches(config, data)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     torch.manual_seed(config.seed)
     model = new_model(config, data.tokenizer, is_resumed=False).to(device)
     share = dropout(config, data.train.tokens.size)
     model.set_dropout(share)
-    if config.precision == "fp64":
+    if precision == "fp64":
         model.double()
     recipe = recipe_of(model.config.mixer)
     decay = recipe.weight_decay if config.weight_decay is None else config.weight_decay
@@ -92,7 +94,7 @@ def find_rate(config: TrainConfig, display: Display) -> RangeTest:
         for step in range(STEPS):
             rate = LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
             seed_dropout(share, config.seed, step)
-            value, norm = _gradients(model, batches[step], config)
+            value, norm = _gradients(model, batches[step], config.clip, bf16=precision == "bf16")
             if not (math.isfinite(value) and math.isfinite(norm)):
                 break
             rates.append(rate)
@@ -101,23 +103,29 @@ def find_rate(config: TrainConfig, display: Display) -> RangeTest:
             if value > RUINED * min(test.smoothed):
                 break
             set_rate(optimizer, rate)
-            optimizer.step()
+            with bf16_products(device, enabled=precision == "bf16"):
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     assert losses, "a new model has a finite loss"
     return test
 
 
-def _gradients(model: LanguageModel, batch: Batch, config: TrainConfig) -> tuple[float, float]:
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _gradients(
+    model: LanguageModel, batch: Batch, clip: float, *, bf16: bool
+) -> tuple[float, float]:
     """Those of a batch, clipped; returns its loss and their norm."""
     device = model.head.weight.device
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)
     reset = None if batch.reset is None else batch.reset.to(device)
-    bf16 = choose_precision(config.precision) == "bf16"
     with bf16_products(device, enabled=bf16) as forward:
         with forward:
             loss = next_token_loss(model, inputs, targets, reset)
         torch.autograd.backward(loss)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     return float(loss.detach()), float(norm)
 
 
@@ -156,8 +164,9 @@ def find_rate_command(config: TrainConfig) -> None:
     """
     keep_freed_memory()
     with Display() as display, files.locked(config.folder):
-        with choose_machine(config, display.say).in_use():
-            test = find_rate(config, display)
+        machine = choose_machine(config, _device(), display.say)
+        with machine.in_use():
+            test = find_rate(config, machine.precision, display)
         title = f"{config.mixer} {config.size}, {config.optimizer}: {test.suggestion:g}"
         save_plot(test, title, config.folder / PLOT)
         numbers = {

@@ -111,7 +111,9 @@ def machine_info() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "vector_instructions": torch.backends.cpu.get_cpu_capability(),
             "recurrences": native.status(),
-            "products in training": choose_precision("auto"),
+            "products in training": choose_precision(
+                "auto", torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            ),
             "devices": ", ".join(devices) or "cpu",
         },
         "sizes": [

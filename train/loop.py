@@ -89,7 +89,7 @@ def train_until(
         ranks.check()
         with ranks.locked(config.folder):
             resumed = ranks.in_turn(lambda: claim_folder(config, shown))
-            machine = ranks.in_turn(lambda: choose_machine(config, shown.say))
+            machine = ranks.in_turn(lambda: choose_machine(config, ranks.device, shown.say))
             with machine.in_use():
                 result = _Run(config, shown, ranks, machine, resumed).run(step, announce)
         ranks.close()
@@ -108,6 +108,7 @@ class _Run:
         resumed: Snapshot | None,
     ) -> None:
         self.config, self.display, self.folder, self.ranks = config, display, config.folder, ranks
+        self.precision = machine.precision
         self.data = ranks.in_turn(
             lambda: run_data(
                 config, display, whole_tokenizer(self.folder, resumed.step) if resumed else None
@@ -123,12 +124,11 @@ class _Run:
         self.dropout = dropout(config, self.data.train.tokens.size)
         self.model.set_dropout(self.dropout)
         model_config = self.model.config
-        if config.precision == "fp64":
+        if self.precision == "fp64":
             self.model.double()
         self.recipe = recipe_of(model_config.mixer)
         self.rate = config.learning_rate or self.recipe.learning_rate(model_config.d_model)
         decay = self.recipe.weight_decay if config.weight_decay is None else config.weight_decay
-        self.bf16 = machine.precision == "bf16"
         self.progress = Progress()
         if resumed is not None:
             files.fill(self.model, resumed.weights, f"The checkpoint in {self.folder}")
@@ -150,6 +150,11 @@ class _Run:
         ranks.wait()  # until all have read the old files
         ranks.on_main(lambda: self._begin_files(model_config, machine))
         start_trackers(ranks.accelerator, config)
+
+    @property
+    def bf16(self) -> bool:
+        """Whether a step has its products in bfloat16."""
+        return self.precision == "bf16"
 
     def run(self, until: int, announce: bool) -> TrainResult | None:
         """Steps to the end, to the step at which to pause, or to an interrupt."""
@@ -330,7 +335,7 @@ class _Run:
             f"{data.train.tokens.size:,} training tokens, "
             f"{epochs(config, data.train.tokens.size):.2f} epochs{cut}, "
             f"{f'dropout {self.dropout:g}, ' if self.dropout else ''}"
-            f"{torch.get_num_threads()} threads, {'bf16 products' if self.bf16 else 'float32'} "
+            f"{torch.get_num_threads()} threads, {self.precision} "
             f"-> {self.folder}"
         )
         if OPS[MIXERS[self.model.config.mixer].op].native and not native.is_available():

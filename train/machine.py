@@ -15,13 +15,13 @@ import torch
 from model.ops import native
 from train import snapshot
 from train.config import TrainConfig
-from train.precision import choose_precision
+from train.precision import choose_precision, is_fast_in_bf16
 
 MACHINE = "machine"
 """In `config.json`: what the run computes with."""
 ASKED = ("threads", "backend", "compile", "precision")
 """Settings of a run, of the same names, which leave the choice to the machine or make it."""
-DIFFER = "from here on the numbers differ in their last digits from those of a run never stopped."
+DIFFER = "from here on the numbers differ from those of a run never stopped."
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,20 @@ class Machine:
         return dataclasses.asdict(self)
 
 
-def choose_machine(config: TrainConfig, say: Callable[[str], None]) -> Machine:
+def choose_machine(
+    config: TrainConfig, device: torch.device, say: Callable[[str], None]
+) -> Machine:
     """What is asked for; what is not, as the run in the folder has it, or as PyTorch chooses.
 
     Args:
         config: of the run, whose folder is its own or free.
+        device: that it is trained on.
         say: hears of what cannot be as it was, or is to change.
 
     Raises:
-        ValueError: for kernels that are not there.
+        ValueError: for kernels that are not there, or weights of another precision.
     """
-    before, settings = _recorded(config)
+    before, settings = _recorded(config, device)
     asked: dict[str, Any] = {name: getattr(config, name) for name in ASKED}
     for name, value in asked.items():
         if name in before and (value in (None, "auto") or value == settings.get(name)):
@@ -77,7 +80,17 @@ def choose_machine(config: TrainConfig, say: Callable[[str], None]) -> Machine:
     if asked["backend"] == "auto":
         asked["backend"] = "native" if native.is_available() else "torch"
     with native.switched(on=asked["backend"] == "native"):
-        asked["precision"] = choose_precision(asked["precision"])
+        asked["precision"] = choose_precision(asked["precision"], device)
+        is_chosen = config.precision == "auto" and asked["precision"] == "bf16"
+        if is_chosen and not is_fast_in_bf16(device):
+            asked["precision"] = "fp32"
+            say(f"Going on with precision fp32 instead of bf16, which is slow here: {DIFFER}")
+    precisions = {asked["precision"], before.get("precision", asked["precision"])}
+    if "fp64" in precisions and len(precisions) > 1:
+        raise ValueError(
+            f"The run in {config.folder} was made with precision {before['precision']}, not "
+            f"{asked['precision']}: leave it as it was, or choose another --out."
+        )
     machine = Machine(**{**asked, "threads": asked["threads"] or torch.get_num_threads()})
     for name in ("processor", "torch"):
         now, then = getattr(machine, name), before.get(name)
@@ -86,10 +99,14 @@ def choose_machine(config: TrainConfig, say: Callable[[str], None]) -> Machine:
     return machine
 
 
-def _recorded(config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def _recorded(config: TrainConfig, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the run in the folder computes with, and its settings; empty if there is none."""
     try:
         saved = snapshot.read_run(config.folder)
     except ValueError:
         return {}, {}
-    return saved.get(MACHINE, {}), saved["train"]
+    settings = saved["train"]
+    precision = settings.get("precision", "auto")
+    if precision == "auto":  # of a run that does not say: no CPU had another then
+        precision = choose_precision("auto", device) if device.type == "cuda" else "fp32"
+    return {"precision": precision, **saved.get(MACHINE, {})}, settings

@@ -8,22 +8,24 @@ import torch
 from model.ops import native
 from model.ops.products import has_bf16_tiles, rounded_to_bf16
 
+CPU = torch.device("cpu")
 
-def choose_precision(asked: str) -> str:
-    """`auto` is bf16 where the processor that trains is fast at it, and fp32 elsewhere."""
+
+def choose_precision(asked: str, device: torch.device) -> str:
+    """`auto` is bf16 where what trains is fast at it, and fp32 elsewhere."""
     if asked != "auto":
         return asked
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if can_round() else "fp32"
+    return "bf16" if is_fast_in_bf16(device) else "fp32"
 
 
-def can_round() -> bool:
-    """Whether products on the CPU can be rounded, with no loss to the recurrences.
+def is_fast_in_bf16(device: torch.device) -> bool:
+    """Whether a GPU has products in bfloat16, or a CPU can round some, with no loss to recurrences.
 
-    Theirs must not be. The native kernels have none that PyTorch sees.
+    Theirs must not be rounded: the native kernels have none that PyTorch sees.
     """
-    return has_bf16_tiles() and native.is_available()
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return device.type == "cpu" and has_bf16_tiles() and native.is_available()
 
 
 @contextmanager
@@ -32,8 +34,9 @@ def bf16_products(
 ) -> Iterator[AbstractContextManager[object]]:
     """Both passes of a step stand in it, the forward pass in the context that it gives as well.
 
-    On a CPU with tiles it is `rounded_to_bf16`, elsewhere autocast, around the forward pass.
+    On a CPU that is fast in bfloat16 it is `rounded_to_bf16`, elsewhere autocast, around the
+    forward pass.
     """
-    rounds = enabled and device.type == "cpu" and can_round()
+    rounds = enabled and device.type == "cpu" and is_fast_in_bf16(device)
     with rounded_to_bf16() if rounds else nullcontext():
         yield torch.autocast(device.type, torch.bfloat16, enabled=enabled and not rounds)

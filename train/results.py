@@ -24,8 +24,8 @@ from train.flops import training_flops_per_token
 from train.instruments import parse_instruments
 from train.lengths import study_lengths, study_size
 from train.loop import TrainResult
+from train.machine import MACHINE
 from train.metrics import read_metrics
-from train.precision import choose_precision
 from train.prepare import PreparedData
 from train.progress import Display
 from train.report.outcomes import is_softmax
@@ -90,7 +90,7 @@ def measure(
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
-            "precision": choose_precision("auto"),
+            "precision": _precision(runs),
             "torch": torch.__version__,
             "ebb": metadata.version("ebb-lm"),
         },
@@ -112,6 +112,13 @@ def measure(
             for name, model in models.items()
         ],
     }
+
+
+def _precision(runs: Outcomes) -> str:
+    """That of the products in training: each run has kept to the one it was begun in."""
+    outcomes = [outcome for made in runs.values() for _, outcome in made]
+    machines = [files.read_config(outcome.folder).get(MACHINE, {}) for outcome in outcomes]
+    return ", ".join(sorted({machine.get("precision", "fp32") for machine in machines}))
 
 
 def rates_of(config: CompareConfig, plan: dict[str, Any]) -> dict[str, float]:

@@ -24,8 +24,8 @@ AnyScore = str | Score | Callable[[Tensor], Tensor]
 to a row of weights, `[rows, H, n] -> [rows, H, n]`."""
 
 
-LEAST_ROUNDED = 512
-"""Tokens from which on PyTorch's kernel is faster in bfloat16; its backward pass is not, before."""
+ROUNDED_FROM = 512
+"""Keys from which on PyTorch's kernel is faster in bfloat16, both passes together."""
 
 
 class KVCache(NamedTuple):
@@ -182,29 +182,32 @@ def _fused_softmax(
     if scale <= 0:  # the fused kernel would multiply the -inf of its mask too
         q, scale = q * scale, 1.0
     queries, keys, values = (x.transpose(1, 2) for x in (q, cache.key, cache.value))
-    if first is None and is_rounded(q) and queries.shape == values.shape:
-        dtype = torch.bfloat16 if q.shape[1] >= LEAST_ROUNDED else torch.float32
-        o: Tensor = flash(queries.to(dtype), keys.to(dtype), values.to(dtype), scale)[0]
-        return o.transpose(1, 2).to(q.dtype)
     if first is None:
-        o = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
-        return o.transpose(1, 2)
+        return _kernel(queries, keys, values, None, scale).transpose(1, 2)
     if q.shape[1] == 1 and not bool(first.any()):  # a step that sees all of it needs no mask
         o = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
         return o.transpose(1, 2)
     outputs = []
     for rows, visible in _row_blocks(first, keys.shape[2], chunk_size):
         length = visible.shape[-1]
-        outputs.append(
-            F.scaled_dot_product_attention(
-                queries[:, :, rows],
-                keys[:, :, :length],
-                values[:, :, :length],
-                attn_mask=visible,
-                scale=scale,
-            )
-        )
+        seen = keys[:, :, :length], values[:, :, :length]
+        outputs.append(_kernel(queries[:, :, rows], *seen, visible, scale))
     return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    """PyTorch's, on `[B, H, T, K]` and `[B, H, S, K or V]`, causal where no mask is given."""
+    if not is_rounded(q) or q.shape[-1] != v.shape[-1]:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale
+        )
+    dtype = torch.bfloat16 if k.shape[2] >= ROUNDED_FROM else torch.float32
+    rows = (x.to(dtype) if x.stride(-1) == 1 else x.to(dtype).contiguous() for x in (q, k, v))
+    mask = None
+    if visible is not None:
+        mask = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+    o: Tensor = flash(*rows, mask, scale)[0]
+    return o.to(q.dtype)
 
 
 def _row_blocks(first: Tensor, total: int, size: int) -> Iterator[tuple[slice, Tensor]]:

@@ -3,7 +3,7 @@
 `F.scaled_dot_product_attention` is the same kernel, but inside `rounded_to_bf16` it multiplies some
 of its many small blocks in bfloat16, for which it is far too slow.
 
-Shape legend: B batch, T time, S places, H heads, K key dim, V value dim.
+Shape legend: B batch, T time, S places, H heads, K key dim.
 """
 
 from typing import Any
@@ -11,52 +11,72 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.ops.native.loading import refuse_second_derivative
 from model.ops.products import not_rounded
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def _now(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    o, log_sum = _FORWARD(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)
+    return o, log_sum
+
+
 @torch.library.custom_op("ebb::flash", mutates_args=())
-def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Causal attention.
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention where the mask allows it, or causal attention.
 
     Args:
-        q: `[B, H, T, K]`.
-        k: `[B, H, T, K]`.
-        v: `[B, H, T, V]` with K = V.
+        q: `[B, H, T, K]`; the last dimension of all three must be contiguous.
+        k: `[B, H, S, K]`.
+        v: `[B, H, S, K]`.
+        mask: `[B, 1, T, S]`, added to the scores, of their dtype and without a gradient; None for
+            causal attention, with S = T.
         scale: factor on the scores.
 
     Returns:
-        o `[B, H, T, V]`, and the log of each row's sum, `[B, H, T]`, for the backward pass.
+        o `[B, H, T, K]`, and the log of each row's sum, `[B, H, T]`, for the backward pass.
     """
     with not_rounded():
-        return _now(q, k, v, scale)
-
-
-def _now(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    o, log_sum = _FORWARD(q, k, v, 0.0, True, scale=scale)
-    return o, log_sum
+        return _now(q, k, v, mask, scale)
 
 
 flash.register_fake(_now)
 
 
+def _backward_now(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    o: Tensor,
+    log_sum: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (gradient, q, k, v, o, log_sum)
+    for_q, for_k, for_v = _BACKWARD(*tensors, 0.0, mask is None, attn_mask=mask, scale=scale)
+    return for_q, for_k, for_v
+
+
 @torch.library.custom_op("ebb::flash_backward", mutates_args=())
 def flash_backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor, scale: float
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    o: Tensor,
+    log_sum: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, from that of o."""
     with not_rounded():
-        return _backward_now(gradient, q, k, v, o, log_sum, scale)
-
-
-def _backward_now(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sum: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    for_q, for_k, for_v = _BACKWARD(gradient, q, k, v, o, log_sum, 0.0, True, scale=scale)
-    return for_q, for_k, for_v
+        return _backward_now(gradient, q, k, v, mask, o, log_sum, scale)
 
 
 flash_backward.register_fake(_backward_now)
@@ -69,8 +89,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     for_q, for_k, for_v = flash_backward(gradient, *ctx.saved_tensors, ctx.scale)
-    return for_q, for_k, for_v, None
+    return for_q, for_k, for_v, None, None
 
 
 flash.register_autograd(_backward, setup_context=_keep_for_backward)
-flash_backward.register_autograd(refuse_second_derivative)

@@ -16,9 +16,10 @@ def has_bf16_tiles() -> bool:
 
 @contextmanager
 def rounded_to_bf16() -> Iterator[None]:
-    """All products of float32 in it round their factors, and add in float32, if there are tiles.
+    """Products of float32 in it round their factors, and add in float32, if there are tiles.
 
-    Everything else stays in float32, what a product gives too.
+    Which ones PyTorch decides: all but the smallest. Everything else stays in float32, what a
+    product gives too.
     """
     with _rounding(on=has_bf16_tiles()):
         yield

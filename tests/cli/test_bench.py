@@ -18,7 +18,6 @@ from runs import ebb, only_line
 from model.config import parse_size
 from model.language_model import LanguageModel
 from model.ops import OPS, native
-from model.ops.products import has_bf16_tiles
 from train.bench import command, machine, memory
 from train.bench.command import BenchConfig, jobs_of
 from train.bench.contenders import shape_of
@@ -27,7 +26,7 @@ from train.bench.machine import Machine
 from train.bench.rows import Row, cells
 from train.benchmark import burst, take_turns
 from train.matching import num_parameters
-from train.precision import choose_precision
+from train.precision import CPU, choose_precision, is_fast_in_bf16
 
 TINY = ["--size", "1x64", "--vocab-size", "50", "--seconds", "0", "--threads", "1"]
 ROW = {
@@ -234,11 +233,16 @@ def test_plain_reads_touch_all_of_the_memory():
     assert best(large) > 3 * best(small)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", None])
+NOT_FAST = pytest.mark.skipif(
+    not is_fast_in_bf16(CPU), reason="no tiles of bfloat16, or no kernels"
+)
+
+
+@pytest.mark.parametrize("precision", ["fp32", None, pytest.param("bf16", marks=NOT_FAST)])
 def test_products_are_compared_with_those_of_the_same_precision(capsys, precision):
     asked = [] if precision is None else ["--precision", precision]
     report = read(capsys, "train", *TINY, "--mixers", "gla", "--context", "64", *asked)
-    chosen = precision or choose_precision("auto")
+    chosen = precision or choose_precision("auto", CPU)
     (row,) = report["rows"]
     assert row["precision"] == chosen
     rates = {"fp32": "gemm_gflops", "bf16": "gemm_gflops_bf16"}
@@ -247,10 +251,16 @@ def test_products_are_compared_with_those_of_the_same_precision(capsys, precisio
     assert (report["machine"]["gemm_gflops_bf16"] is None) == (chosen == "fp32")
 
 
-@pytest.mark.skipif(not has_bf16_tiles(), reason="this CPU has no tiles of bfloat16")
+@NOT_FAST
 def test_tiles_are_faster():
     made = Machine()
     assert max(made.multiply("bf16")) > 1.5 * max(made.multiply())
+
+
+def test_a_slow_precision_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert ebb("bench", "train", *TINY, "--precision", "bf16") == 2
+    assert only_line(capsys.readouterr().err).startswith("bf16 is slow here, with no tiles (AMX)")
 
 
 def test_no_plot_of_a_single_context(tmp_path):

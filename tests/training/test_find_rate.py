@@ -49,7 +49,7 @@ def config(workshop, tmp_path_factory):
 
 
 def test_suggested_rate_beats_much_lower_and_much_higher_ones(config, tmp_path):
-    test = find_rate(config, Display())
+    test = find_rate(config, "fp32", Display())
     assert len(test.rates) == len(test.losses) <= STEPS
     assert test.rates == sorted(test.rates)
     assert 5 < test.losses[0] < 6.5

@@ -14,14 +14,14 @@ from model.language_model import Block, LanguageModel
 from model.layers.channel_mix import SwiGLU
 from model.ops import native
 from model.ops.native import loading
-from model.ops.products import has_bf16_tiles
 from train import loop
 from train.compiling import compile_blocks
 from train.loss import next_token_loss
-from train.precision import bf16_products, choose_precision
+from train.machine import Machine
+from train.precision import CPU, bf16_products, choose_precision, is_fast_in_bf16
 
 needs_kernels = pytest.mark.skipif(not native.is_available(), reason="no kernels were compiled")
-HINT = "from here on the numbers differ in their last digits"
+HINT = "from here on the numbers differ from those of a run never stopped."
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_what_a_run_computes_with_is_written_down(flags, tmp_path):
         "threads": 1,
         "backend": "native" if native.is_available() else "torch",
         "compile": False,
-        "precision": choose_precision("auto"),
+        "precision": choose_precision("auto", CPU),
         "processor": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
     }
@@ -206,8 +206,7 @@ def test_one_compilation_serves_all_layers(quick_compiler, graphs):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@needs_kernels
-@pytest.mark.skipif(not has_bf16_tiles(), reason="this CPU has no tiles of bfloat16")
+@pytest.mark.skipif(not is_fast_in_bf16(CPU), reason="no tiles of bfloat16, or no kernels")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_blocks_are_compiled_in_the_precision_of_the_run(quick_compiler, graphs):
     """So that none is left to compile when training has begun."""
@@ -216,7 +215,7 @@ def test_blocks_are_compiled_in_the_precision_of_the_run(quick_compiler, graphs)
     batch = Batch(tokens, tokens, None)
     assert compile_blocks(model, [batch], pytest.fail, bf16=True)
     compiled = graphs["unique_graphs"]
-    with bf16_products(torch.device("cpu"), enabled=True):
+    with bf16_products(CPU, enabled=True):
         next_token_loss(model, *batch).backward()
     assert graphs["unique_graphs"] == compiled == 1
     next_token_loss(model, *batch).backward()
@@ -257,15 +256,72 @@ def test_compiled_run_does_not_go_on_uncompiled_by_itself(
     assert f"compile False instead of True: {HINT}" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_run_goes_on_in_the_precision_that_it_was_begun_in(flags, tmp_path, monkeypatch, capsys):
-    """On a machine where `auto` would choose another."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
+@pytest.fixture
+def tiles(monkeypatch):
+    """Gives the CPU tiles of bfloat16, or takes them."""
+
+    def switch(on):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": on})
+        assert choose_precision("auto", CPU) == ("bf16" if on else "fp32")
+
+    return switch
+
+
+@needs_kernels
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_precision_is_that_of_the_run_that_goes_on(
+    flags, tmp_path, monkeypatch, tiles, capsys, is_recorded
+):
+    """Of one that was begun when there was no choice, too."""
+    tiles(on=False)
     assert ebb(*flags, "--out", tmp_path / "whole") == 0
-    run = interrupted_run(flags, tmp_path / "run", monkeypatch)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    assert choose_precision("auto") == "bf16"
+    with monkeypatch.context() as patch:
+        if not is_recorded:
+            to_dict = Machine.to_dict
+
+            def without(machine):
+                return {k: v for k, v in to_dict(machine).items() if k != "precision"}
+
+            patch.setattr(Machine, "to_dict", without)
+        run = interrupted_run(flags, tmp_path / "run", monkeypatch)
+        assert ("precision" in machine(run)) == is_recorded
+    tiles(on=True)
     capsys.readouterr()
     assert ebb("train", "--resume", "--out", run) == 0
-    assert "1 threads, float32 ->" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 threads, fp32 ->" in said
+    assert HINT not in said
     assert machine(run)["precision"] == "fp32"
     assert repeatable(run) == repeatable(tmp_path / "whole")
+
+
+@needs_kernels
+def test_precision_that_is_asked_for_replaces_the_old_one(
+    flags, tmp_path, monkeypatch, tiles, capsys
+):
+    tiles(on=True)
+    run = interrupted_run(flags, tmp_path / "run", monkeypatch)
+    capsys.readouterr()
+    assert ebb("train", "--resume", "--precision", "fp64", "--out", run) == 1
+    assert only_line(capsys.readouterr().err).startswith(
+        f"The run in {run} was made with precision bf16, not fp64: "
+    )
+    assert ebb("train", "--resume", "--precision", "fp32", "--out", run) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"Going on with precision fp32 instead of bf16: {HINT}" in said
+    assert machine(run)["precision"] == "fp32"
+
+
+@needs_kernels
+def test_bf16_that_a_run_did_not_ask_for_ends_where_it_is_slow(
+    flags, tmp_path, monkeypatch, tiles, capsys
+):
+    tiles(on=True)
+    run = interrupted_run(flags, tmp_path / "run", monkeypatch)
+    assert machine(run)["precision"] == "bf16"
+    tiles(on=False)
+    capsys.readouterr()
+    assert ebb("train", "--resume", "--out", run) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"Going on with precision fp32 instead of bf16, which is slow here: {HINT}" in said
+    assert machine(run)["precision"] == "fp32"

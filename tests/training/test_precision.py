@@ -8,18 +8,20 @@ from helpers import assert_close
 from model_helpers import small_config
 from runs import TINY, ebb, metrics
 
-from model.language_model import LanguageModel
+from model.language_model import Block, LanguageModel
 from model.layers import MIXERS
 from model.ops import OPS, attention, native
 from model.ops.flash import flash
-from train import precision
+from model.ops.native import rows
+from model.ops.products import is_rounded
+from train import optimizer, precision
 from train.loss import next_token_loss
-from train.precision import bf16_products, choose_precision
+from train.precision import CPU, bf16_products, choose_precision, is_fast_in_bf16
 
-CPU = torch.device("cpu")
+GPU = torch.device("cuda")
 needs_kernels = pytest.mark.skipif(not native.is_available(), reason="no kernels were compiled")
 needs_tiles = pytest.mark.skipif(
-    not precision.can_round(), reason="no tiles of bfloat16, or no kernels"
+    not is_fast_in_bf16(CPU), reason="no tiles of bfloat16, or no kernels"
 )
 
 
@@ -34,23 +36,20 @@ def without_tiles(monkeypatch):
 
 @needs_kernels
 def test_auto_is_bf16_where_there_are_tiles(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for tiles, expected in [({"amx_bf16": True}, "bf16"), ({"amx_bf16": False}, "fp32")]:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda tiles=tiles: tiles)
-        assert choose_precision("auto") == expected
-        assert choose_precision("fp32") == "fp32"
-        assert choose_precision("bf16") == "bf16"
+        assert choose_precision("auto", CPU) == expected
+        assert choose_precision("fp32", CPU) == "fp32"
+        assert choose_precision("bf16", CPU) == "bf16"
 
 
 def test_auto_is_fp32_without_kernels(monkeypatch):
     """Else the products within the recurrences would be rounded, decays and all."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     with native.switched(on=False):
-        assert choose_precision("auto") == "fp32"
+        assert choose_precision("auto", CPU) == "fp32"
 
 
-@needs_kernels
 @needs_tiles
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_recurrences_are_not_rounded(backend):
@@ -73,21 +72,19 @@ def test_recurrences_are_not_rounded(backend):
 
 def test_auto_is_fp32_on_other_processors(monkeypatch):
     """Those of other makers list other capabilities."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"})
-    assert choose_precision("auto") == "fp32"
+    assert choose_precision("auto", CPU) == "fp32"
 
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_auto_on_a_gpu_does_not_ask_the_cpu(monkeypatch, supported):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
-    monkeypatch.setattr(precision, "can_round", lambda: not supported)
-    assert choose_precision("auto") == ("bf16" if supported else "fp32")
+    monkeypatch.setattr(precision, "has_bf16_tiles", lambda: not supported)
+    assert choose_precision("auto", GPU) == ("bf16" if supported else "fp32")
 
 
 def gradients(mixer, *, bf16):
-    """Loss and gradients of a batch, and whether the loss came from inside an autocast region."""
+    """Loss and gradients of a batch."""
     torch.manual_seed(0)
     model = LanguageModel(small_config(mixer))
     tokens = torch.randint(model.config.vocab_size, (4, 65))
@@ -140,7 +137,7 @@ def test_products_are_exact_again_afterwards():
 @pytest.mark.parametrize("form", ["parallel", "chunked"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_scores_of_attention_are_products_too(form, packed, monkeypatch):
-    monkeypatch.setattr(attention, "LEAST_ROUNDED", 40)
+    monkeypatch.setattr(attention, "ROUNDED_FROM", 40)
     torch.manual_seed(1)
     q, k, v = torch.randn(3, 2, 40, 2, 16).unbind()
     reset = torch.zeros(2, 40, dtype=torch.bool)
@@ -155,15 +152,17 @@ def test_scores_of_attention_are_products_too(form, packed, monkeypatch):
 
 
 @needs_tiles
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("scale", [0.25, -0.25])
-def test_scores_of_short_texts_are_exact(scale):
+def test_scores_of_short_texts_are_exact(scale, packed):
     """There the kernel is slower in bfloat16, and slow where PyTorch rounds what it multiplies."""
     torch.manual_seed(2)
     tensors = [x.requires_grad_() for x in torch.randn(3, 2, 40, 2, 16).unbind()]
     attend = OPS["attention"].form("chunked")
+    reset = torch.arange(40).expand(2, 40) % 17 == 5 if packed else None
 
     def run():
-        o, _ = attend(*tensors, scale=scale)
+        o, _ = attend(*tensors, scale=scale, reset=reset, chunk_size=24)
         return named(o, torch.autograd.grad(o.square().sum(), tensors))
 
     exact = run()
@@ -171,9 +170,25 @@ def test_scores_of_short_texts_are_exact(scale):
         assert_close(run(), exact, torch.float32)
 
 
-def test_the_kernel_of_attention_is_an_operator_like_any_other():
+@needs_tiles
+def test_rows_of_attention_may_lie_apart():
+    """The kernel reads on from wherever a row begins."""
+    torch.manual_seed(4)
+    tensors = [x[..., ::2].requires_grad_() for x in torch.randn(3, 1, 8, 2, 32).unbind()]
+    exact, _ = OPS["attention"].form("recurrent")(*tensors)
+    with bf16_products(CPU, enabled=True):
+        found, _ = OPS["attention"].form("chunked")(*tensors)
+    assert_close({"o": found}, {"o": exact}, torch.float32)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_kernel_of_attention_is_an_operator_like_any_other(masked):
     q, k, v = (x.transpose(1, 2) for x in torch.randn(3, 2, 9, 3, 8).unbind())
-    torch.library.opcheck(flash, (q.requires_grad_(), k, v, 0.3))
+    mask = torch.zeros(2, 1, 9, 9).masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
+    arguments = (q.requires_grad_(), k, v, mask if masked else None, 0.3)
+    torch.library.opcheck(flash, arguments)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+    assert_close({"o": flash(*arguments)[0]}, {"o": expected}, torch.float32)
 
 
 @needs_tiles
@@ -198,12 +213,34 @@ def flags(workshop):
 def test_a_run_multiplies_in_bf16_unless_told_otherwise(flags, tmp_path, capsys):
     for name, more in [("auto", []), ("bf16", ["--precision", "bf16"])]:
         assert ebb(*flags, *more, "--out", tmp_path / name) == 0
-        assert "bf16 products" in " ".join(capsys.readouterr().err.split())
+        assert "1 threads, bf16 ->" in " ".join(capsys.readouterr().err.split())
     assert ebb(*flags, "--precision", "fp32", "--out", tmp_path / "fp32") == 0
-    assert "1 threads, float32" in " ".join(capsys.readouterr().err.split())
+    assert "1 threads, fp32 ->" in " ".join(capsys.readouterr().err.split())
     losses = {
         name: [line["loss"] for line in metrics(tmp_path / name) if "loss" in line]
         for name in ("auto", "bf16", "fp32")
     }
     assert losses["auto"] == losses["bf16"] != losses["fp32"]
     assert losses["auto"] == pytest.approx(losses["fp32"], rel=5e-3)
+
+
+@needs_tiles
+@pytest.mark.parametrize("finding", [False, True])
+def test_both_passes_and_the_optimiser_round(flags, tmp_path, monkeypatch, finding):
+    """In a run, and where its rate is looked for."""
+    seen = {}
+
+    def spy(name, function):
+        def spied(*args):
+            seen.setdefault(name, set()).add(is_rounded(torch.zeros(1)))
+            return function(*args)
+
+        return spied
+
+    monkeypatch.setattr(Block, "forward", spy("forward", Block.forward))
+    monkeypatch.setattr(rows, "rows_backward_now", spy("backward", rows.rows_backward_now))
+    monkeypatch.setattr(optimizer, "orthogonalized", spy("muon", optimizer.orthogonalized))
+    more = ["--find-lr"] if finding else ["--eval-every", "100"]
+    assert ebb(*flags, "--optimizer", "muon", *more, "--out", tmp_path / "run") == 0
+    assert seen.pop("forward") == ({True} if finding else {True, False}), "validation is exact"
+    assert seen == {"backward": {True}, "muon": {True}}

@@ -27,7 +27,7 @@ from train.bench.ops import measure_op
 from train.bench.rows import Row, machine_line, markdown, table
 from train.bench.tasks import Budget, measure
 from train.memory import keep_freed_memory
-from train.precision import choose_precision
+from train.precision import CPU, choose_precision, is_fast_in_bf16
 from train.progress import Display
 from train.settings import at_least, one_of, parse_count
 
@@ -240,7 +240,8 @@ def _job(task: str, contender: Contender, context: int, config: BenchConfig) -> 
     if task != "train":
         return Job(task, contender, context)
     batch_size = config.batch_size or max(1, STEP // context)
-    return Job(task, contender, context, batch_size, choose_precision(config.precision or "auto"))
+    precision = choose_precision(config.precision or "auto", CPU)
+    return Job(task, contender, context, batch_size, precision)
 
 
 def _lengths(config: BenchConfig) -> list[int]:
@@ -298,6 +299,8 @@ def _check_names(config: BenchConfig) -> None:
         check_weights(weights)
     if config.precision is not None:
         one_of("precision", config.precision, ("fp32", "bf16"))
+    if config.precision == "bf16" and not is_fast_in_bf16(CPU):
+        raise ValueError("bf16 is slow here, with no tiles (AMX) or no kernels: choose fp32")
     if config.size is not None:
         parse_size(config.size)
     _lengths(config)

@@ -64,6 +64,7 @@ def recipe(results: dict[str, Any]) -> tuple[str, str, list[tuple[str, str]]]:
     """The command, a note on it, and the settings."""
     settings, data, machine = (results[key] for key in ("settings", "data", "machine"))
     command, shortened = portable(settings["command"])
+    in_tasks = ", in tasks fp32" if settings.get("tasks") else ""
     rows = [
         ("size", str(settings["size"])),
         (
@@ -76,7 +77,7 @@ def recipe(results: dict[str, Any]) -> tuple[str, str, list[tuple[str, str]]]:
         ("training, validation tokens", f"{data['train_tokens']:,}, {data['validation_tokens']:,}"),
         ("ebb, torch", f"{machine['ebb']}, {machine['torch']}"),
         ("processor", f"{machine['processor']}, {machine['threads']} threads"),
-        ("products in training", machine.get("precision", "fp32")),  # older ones had no choice
+        ("products in training", machine.get("precision", "fp32") + in_tasks),
     ]
     optional = (("budget", "budget"), ("tune", "learning rates tried"))
     rows[1:1] = [(name, str(settings[key])) for key, name in optional if settings.get(key)]
