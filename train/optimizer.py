@@ -59,51 +59,61 @@ class Muon(torch.optim.Muon):
         """The same update as PyTorch's, one matrix after the other."""
         assert closure is None, "a step is taken with the gradients that are there"
         for group in self.param_groups:
-            rate, momentum = group["lr"], group["momentum"]
-            a, b, c = group["ns_coefficients"]
             assert group["nesterov"]
             assert group["adjust_lr_fn"] == "match_rms_adamw"
+            by_shape: dict[torch.Size, list[Tensor]] = {}
             for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
-                average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
-                update = weight.grad.lerp(average, momentum)
-                whole = update.full_tensor() if isinstance(update, DTensor) else update
-                whole = orthogonalized(whole, (a, b, c), group["ns_steps"], group["eps"])
-                if isinstance(update, DTensor):  # every process has all of it and takes its rows
-                    mesh, placements = update.device_mesh, update.placements
-                    whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
-                weight.mul_(1 - rate * group["weight_decay"])
-                weight.add_(whole, alpha=-rate * 0.2 * math.sqrt(max(weight.shape)))
+                if weight.grad is not None:
+                    by_shape.setdefault(weight.shape, []).append(weight)
+            for weights in by_shape.values():
+                self._apply(weights, group)
         return None
+
+    def _apply(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """The step of weights of one shape, which are turned together: one call for all of them."""
+        updates = [self._update(weight, group["momentum"]) for weight in weights]
+        whole = torch.stack([x.full_tensor() if isinstance(x, DTensor) else x for x in updates])
+        whole = orthogonalized(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        for weight, update, turned in zip(weights, updates, whole.unbind(), strict=True):
+            if isinstance(update, DTensor):  # every process has all of it and takes its rows
+                mesh, placements = update.device_mesh, update.placements
+                turned = distribute_tensor(turned, mesh, placements, src_data_rank=None)
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(turned, alpha=-group["lr"] * 0.2 * math.sqrt(max(weight.shape)))
+
+    def _update(self, weight: Tensor, momentum: float) -> Tensor:
+        """The gradient, averaged as Nesterov's momentum has it."""
+        assert weight.grad is not None
+        state = self.state[weight]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(weight.grad)
+        average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+        return weight.grad.lerp(average, momentum)
 
 
 def orthogonalized(
-    matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+    matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Tensor:
-    """`U V^T` of `matrix = U S V^T`, roughly: all singular values come near 1.
+    """`U V^T` of each matrix `U S V^T`, roughly: all singular values come near 1.
 
     Newton-Schulz: each step applies `a s + b s^3 + c s^5` to every singular value s (Jordan 2024,
     kellerjordan.github.io/posts/muon). On a GPU it works in bfloat16, as PyTorch does, elsewhere in
-    the precision of the matrix, with its products as the step has them.
+    the precision of the matrices, with its products as the step has them.
 
     Args:
-        matrix: `[M, N]`, of any scale.
+        matrices: `[B, M, N]`, of any scale.
         coefficients: a, b, c.
         steps: how often.
         eps: the least norm to divide by.
     """
     a, b, c = coefficients
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
-    x = x.T if (is_tall := x.shape[0] > x.shape[1]) else x
-    x = x / x.norm().clamp(min=eps)
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = x.mT if (is_tall := x.shape[1] > x.shape[2]) else x
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
     for _ in range(steps):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

@@ -38,7 +38,7 @@ def test_singular_values_come_near_one_and_vectors_stay(shape, scale):
     matrix = torch.randn(shape, dtype=torch.float64)
     u, values, v = torch.linalg.svd(matrix, full_matrices=False)
     spread = torch.linspace(0.1, 1.0, len(values), dtype=torch.float64)
-    result = orthogonalized(scale * (u * spread) @ v, JORDAN, 5, 1e-12)
+    (result,) = orthogonalized((scale * (u * spread) @ v)[None], JORDAN, 5, 1e-12)
     inside = u.T @ result @ v.T
     assert ((inside.diagonal() > 0.6) & (inside.diagonal() < 1.3)).all()
     torch.testing.assert_close(inside, inside.diagonal().diag(), rtol=0, atol=1e-9)
@@ -58,6 +58,24 @@ def test_update_is_that_of_pytorch_but_for_its_bfloat16(shape):
     moved, expected = ours.detach() - start, theirs.detach() - start
     assert (moved - expected).norm() < 0.02 * expected.norm()
     torch.testing.assert_close(own.state[ours], peer.state[theirs])
+
+
+def test_matrices_that_are_turned_together_move_as_each_alone():
+    shapes = [(24, 24), (48, 16), (24, 24), (16, 48), (48, 16), (24, 24)]
+    starts, gradients = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    settings = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    together, apart = ([torch.nn.Parameter(x.clone()) for x in starts] for _ in range(2))
+    optimizers = [Muon(together, **settings), *(Muon([weight], **settings) for weight in apart)]
+    for _ in range(2):
+        for weights in (together, apart):
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient.clone()
+        together[1].grad = apart[1].grad = None  # left out
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other, start in zip(together, apart, starts, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+        assert torch.equal(one, start) == (one is together[1])
 
 
 def test_a_step_is_as_long_as_adams():

@@ -14,7 +14,7 @@ from model.ops import OPS, attention, native
 from model.ops.flash import flash
 from model.ops.native import rows
 from model.ops.products import is_rounded
-from train import optimizer, precision
+from train import find_rate, optimizer, precision
 from train.loss import next_token_loss
 from train.precision import CPU, bf16_products, choose_precision, is_fast_in_bf16
 
@@ -240,6 +240,7 @@ def test_both_passes_and_the_optimiser_round(flags, tmp_path, monkeypatch, findi
     monkeypatch.setattr(Block, "forward", spy("forward", Block.forward))
     monkeypatch.setattr(rows, "rows_backward_now", spy("backward", rows.rows_backward_now))
     monkeypatch.setattr(optimizer, "orthogonalized", spy("muon", optimizer.orthogonalized))
+    monkeypatch.setattr(find_rate, "STEPS", 12)
     more = ["--find-lr"] if finding else ["--eval-every", "100"]
     assert ebb(*flags, "--optimizer", "muon", *more, "--out", tmp_path / "run") == 0
     assert seen.pop("forward") == ({True} if finding else {True, False}), "validation is exact"
