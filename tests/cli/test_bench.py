@@ -233,12 +233,12 @@ def test_plain_reads_touch_all_of_the_memory():
     assert best(large) > 3 * best(small)
 
 
-NOT_FAST = pytest.mark.skipif(
+needs_tiles = pytest.mark.skipif(
     not is_fast_in_bf16(CPU), reason="no tiles of bfloat16, or no kernels"
 )
 
 
-@pytest.mark.parametrize("precision", ["fp32", None, pytest.param("bf16", marks=NOT_FAST)])
+@pytest.mark.parametrize("precision", ["fp32", None, pytest.param("bf16", marks=needs_tiles)])
 def test_products_are_compared_with_those_of_the_same_precision(capsys, precision):
     asked = [] if precision is None else ["--precision", precision]
     report = read(capsys, "train", *TINY, "--mixers", "gla", "--context", "64", *asked)
@@ -251,7 +251,7 @@ def test_products_are_compared_with_those_of_the_same_precision(capsys, precisio
     assert (report["machine"]["gemm_gflops_bf16"] is None) == (chosen == "fp32")
 
 
-@NOT_FAST
+@needs_tiles
 def test_tiles_are_faster():
     made = Machine()
     assert max(made.multiply("bf16")) > 1.5 * max(made.multiply())
