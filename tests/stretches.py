@@ -16,6 +16,7 @@ from model.language_model import LanguageModel
 from model.layers import MIXERS
 from model.state import map_tensors
 from train.context_parallel import pass_states
+from train.together import leave_group
 
 BATCH, TIME = 2, 24
 RESETS = [(0, 5), (0, 12), (1, 19)]
@@ -59,4 +60,4 @@ if __name__ == "__main__":
     found = {mixer: max(errors(mixer)) for mixer in MIXERS if mixer != "attention"}
     sys.stdout.write(json.dumps(found) + "\n")
     dist.barrier()
-    dist.destroy_process_group()
+    leave_group()

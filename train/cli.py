@@ -88,12 +88,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = args
     if name not in COMMANDS:
         return _fail(f"there is no command {name!r}; choose one of {', '.join(COMMANDS)}", 2)
-    if name != "train" and (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+    world = os.environ.get("WORLD_SIZE", "1")
+    if name != "train" and world != "1":
         if os.environ.get("RANK", "0") != "0":
             return 2
         return _fail(f"only `ebb train` runs in {world} processes: start `ebb {name}` alone", 2)
+    status = _told(name, rest)
+    if world != "1":
+        from train.together import leave_group  # loads torch, which the overview can do without
+
+        leave_group()
+    return status
+
+
+def _told(name: str, args: Sequence[str]) -> int:
+    """One command, its errors in a sentence; the exit status."""
     try:
-        return _run(name, rest)
+        return _run(name, args)
     except Interrupted as stop:
         return _fail(str(stop), 130)
     except AlreadyTold as told:

@@ -5,6 +5,7 @@ the one that people see.
 """
 
 import contextlib
+import gc
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,6 +137,17 @@ class Together:
     def wait(self) -> None:
         """Until all processes are here."""
         self.accelerator.wait_for_everyone()
+
+
+def leave_group() -> None:
+    """Ends the group of processes where an error has left it open, once nothing of the run is left.
+
+    The group has threads, and one that still runs when the interpreter ends aborts the process. It
+    is the last to go, for the reason in `Ranks.close`.
+    """
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def _is_of_communication(error: RuntimeError) -> bool:

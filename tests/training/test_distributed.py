@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from model_helpers import random_model, random_tokens, small_config
 from ranks import ended, free_port, start_ranks, start_training
 from runs import PATIENCE, ebb, has_logged, metrics, only_line, wait_for, write_text
@@ -190,6 +191,15 @@ def test_a_mistake_is_told_once(workshop, flags, alone):
     processes = ended(start_training(2, *flags, "--out", alone))
     assert [process.returncode for process in processes] == [1, 1], processes
     assert "already holds a run" in told(processes)
+
+
+def test_no_group_is_left_by_a_command_that_fails(monkeypatch, tmp_path):
+    """Its threads would abort the process at the end of the interpreter, in one run of four."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert ebb("train", "--size", "none") == 2
+    assert not dist.is_initialized()
 
 
 def test_passed_states_are_those_of_one_process():
