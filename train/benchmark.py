@@ -19,7 +19,7 @@ from model.state import ModelState
 from train.loss import next_token_loss
 from train.memory import keep_freed_memory
 from train.optimizer import make_optimizer
-from train.precision import CPU, bf16_products, is_fast_in_bf16
+from train.precision import CPU, both_passes, is_fast_in_bf16
 from train.recipes import recipe_of
 from train.tensor_memory import TensorMemory
 
@@ -258,10 +258,7 @@ def step_of(
     tokens = torch.randint(vocab_size, (batch_size, context + 1))
 
     def run() -> None:
-        with bf16_products(tokens.device, enabled=bf16) as forward:
-            with forward:
-                loss = loss_of(tokens[:, :-1], tokens[:, 1:])
-            torch.autograd.backward(loss)
+        both_passes(lambda: loss_of(tokens[:, :-1], tokens[:, 1:]), CPU, bf16=bf16)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -11,7 +12,7 @@ from data.loader import Batch
 from model.language_model import Block, LanguageModel
 from train import snapshot
 from train.loss import next_token_loss
-from train.precision import bf16_products
+from train.precision import both_passes
 
 REASON_LENGTH = 200
 """Characters of a compiler's message that are shown."""
@@ -53,10 +54,8 @@ def compile_blocks(
             # PyTorch's tracer looks at it in every tensor that comes in, and warns of itself.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
             for batch in batches:
-                with bf16_products(batch.inputs.device, enabled=bf16) as forward:
-                    with forward:
-                        loss = next_token_loss(model, batch.inputs, batch.targets, batch.reset)
-                    torch.autograd.backward(loss)
+                loss_of = partial(next_token_loss, model, *batch)
+                both_passes(loss_of, batch.inputs.device, bf16=bf16)
     except (RuntimeError, OSError) as error:  # the compiler's own are RuntimeErrors
         uncompile(model)
         reason = _reason(error)

@@ -6,6 +6,7 @@ settings is that of all ranks together, so a run is the same run on any number o
 
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from train.carry import Carry
 from train.config import TrainConfig
 from train.context_parallel import check_constant, pass_states
 from train.evaluate import Evaluation, evaluate
-from train.precision import bf16_products
+from train.precision import both_passes
 from train.step import Trainee, checkpoint_blocks, rounds, share
 from train.together import Together
 from train.trackers import check_trackers, usable_trackers
@@ -144,13 +145,13 @@ class Ranks(Together):
         total = torch.zeros((), device=self.device)
         for part in range(self.config.accumulate):
             mine = self.share(batch, part)
-            with (
-                self.accelerator.accumulate(self.trainee),
-                bf16_products(self.device, enabled=bf16) as forward,
-            ):
-                with forward:
-                    loss = self.trainee(*mine, carry, part)
-                self.accelerator.backward(loss)
+            with self.accelerator.accumulate(self.trainee):
+                loss = both_passes(
+                    partial(self.trainee, *mine, carry, part),
+                    self.device,
+                    bf16=bf16,
+                    backward=self.accelerator.backward,
+                )
             total = total + loss.detach()
         return self.mean(total / self.config.accumulate)
 

@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from train.loss import next_token_loss
 from train.machine import choose_machine
 from train.memory import keep_freed_memory
 from train.optimizer import make_optimizer, set_rate
-from train.precision import bf16_products
+from train.precision import bf16_products, both_passes, training_device
 from train.progress import Display
 from train.recipes import recipe_of
 from train.run_data import run_data, training_batches
@@ -77,7 +78,7 @@ def find_rate(config: TrainConfig, precision: str, display: Display) -> RangeTes
     """
     data = run_data(config, display)
     batches = training_batches(config, data)
-    device = _device()
+    device = training_device()
     torch.manual_seed(config.seed)
     model = new_model(config, data.tokenizer, is_resumed=False).to(device)
     share = dropout(config, data.train.tokens.size)
@@ -110,10 +111,6 @@ def find_rate(config: TrainConfig, precision: str, display: Display) -> RangeTes
     return test
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _gradients(
     model: LanguageModel, batch: Batch, clip: float, *, bf16: bool
 ) -> tuple[float, float]:
@@ -121,10 +118,8 @@ def _gradients(
     device = model.head.weight.device
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)
     reset = None if batch.reset is None else batch.reset.to(device)
-    with bf16_products(device, enabled=bf16) as forward:
-        with forward:
-            loss = next_token_loss(model, inputs, targets, reset)
-        torch.autograd.backward(loss)
+    loss_of = partial(next_token_loss, model, inputs, targets, reset)
+    loss = both_passes(loss_of, device, bf16=bf16)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     return float(loss.detach()), float(norm)
 
@@ -164,7 +159,7 @@ def find_rate_command(config: TrainConfig) -> None:
     """
     keep_freed_memory()
     with Display() as display, files.locked(config.folder):
-        machine = choose_machine(config, _device(), display.say)
+        machine = choose_machine(config, training_device(), display.say)
         with machine.in_use():
             test = find_rate(config, machine.precision, display)
         title = f"{config.mixer} {config.size}, {config.optimizer}: {test.suggestion:g}"

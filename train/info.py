@@ -26,7 +26,7 @@ from model.presets import preset
 from train.checkpoint import TOKENIZER, load_model, read_tokenizer
 from train.half_lives import TOKENS, half_lives, known_text
 from train.instruments_info import instruments_info
-from train.precision import choose_precision
+from train.precision import choose_precision, training_device
 from train.readable import readable_bytes, three_digits
 
 CONTEXTS = (1024, 16384)
@@ -111,9 +111,7 @@ def machine_info() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "vector_instructions": torch.backends.cpu.get_cpu_capability(),
             "recurrences": native.status(),
-            "products in training": choose_precision(
-                "auto", torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            ),
+            "products in training": choose_precision("auto", training_device()),
             "devices": ", ".join(devices) or "cpu",
         },
         "sizes": [

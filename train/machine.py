@@ -80,17 +80,17 @@ def choose_machine(
     if asked["backend"] == "auto":
         asked["backend"] = "native" if native.is_available() else "torch"
     with native.switched(on=asked["backend"] == "native"):
-        asked["precision"] = choose_precision(asked["precision"], device)
-        is_chosen = config.precision == "auto" and asked["precision"] == "bf16"
-        if is_chosen and not is_fast_in_bf16(device):
-            asked["precision"] = "fp32"
+        precision = choose_precision(asked["precision"], device)
+        if config.precision == "auto" and precision == "bf16" and not is_fast_in_bf16(device):
+            precision = "fp32"
             say(f"Going on with precision fp32 instead of bf16, which is slow here: {DIFFER}")
-    precisions = {asked["precision"], before.get("precision", asked["precision"])}
-    if "fp64" in precisions and len(precisions) > 1:
+    then = before.get("precision", precision)
+    if then != precision and "fp64" in (then, precision):
         raise ValueError(
-            f"The run in {config.folder} was made with precision {before['precision']}, not "
-            f"{asked['precision']}: leave it as it was, or choose another --out."
+            f"The run in {config.folder} was made with precision {then}, not {precision}: leave "
+            "it as it was, or choose another --out."
         )
+    asked["precision"] = precision
     machine = Machine(**{**asked, "threads": asked["threads"] or torch.get_num_threads()})
     for name in ("processor", "torch"):
         now, then = getattr(machine, name), before.get(name)

@@ -13,6 +13,9 @@ from model.initialization import parameter_groups
 from model.language_model import LanguageModel
 from train.recipes import Recipe
 
+TOGETHER = 2**22
+"""Numbers that Muon turns at a time: gathered from other processes, they are 16 MB in float32."""
+
 
 def make_optimizer(
     model: LanguageModel,
@@ -48,15 +51,15 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 class Muon(torch.optim.Muon):
-    """`torch.optim.Muon`, with the iteration in float32 on a CPU.
+    """`torch.optim.Muon`, with the iteration in float32 on a CPU, and for many matrices at once.
 
     PyTorch's own rounds to bfloat16, which takes a hundred times as long on a CPU without units for
-    it, and makes the same run give other weights on the next machine.
+    it. Where the step has its products rounded, so has the iteration.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch's is untyped
-        """The same update as PyTorch's, one matrix after the other."""
+        """The same update as PyTorch's; small matrices of one shape in one call."""
         assert closure is None, "a step is taken with the gradients that are there"
         for group in self.param_groups:
             assert group["nesterov"]
@@ -65,12 +68,14 @@ class Muon(torch.optim.Muon):
             for weight in group["params"]:
                 if weight.grad is not None:
                     by_shape.setdefault(weight.shape, []).append(weight)
-            for weights in by_shape.values():
-                self._apply(weights, group)
+            for shape, weights in by_shape.items():
+                count = max(1, TOGETHER // shape.numel())
+                for first in range(0, len(weights), count):
+                    self._apply(weights[first : first + count], group)
         return None
 
     def _apply(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        """The step of weights of one shape, which are turned together: one call for all of them."""
+        """The step of weights of one shape, which are turned together."""
         updates = [self._update(weight, group["momentum"]) for weight in weights]
         whole = torch.stack([x.full_tensor() if isinstance(x, DTensor) else x for x in updates])
         whole = orthogonalized(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])

@@ -15,25 +15,12 @@ def has_bf16_tiles() -> bool:
 
 
 @contextmanager
-def rounded_to_bf16() -> Iterator[None]:
-    """Products of float32 in it round their factors, and add in float32, if there are tiles.
+def rounding_to_bf16(*, on: bool) -> Iterator[None]:
+    """Products of float32 in it round their factors, and add in float32; or, off, they are exact.
 
-    Which ones PyTorch decides: all but the smallest. Everything else stays in float32, what a
-    product gives too.
+    For a CPU that has tiles. Which ones are rounded PyTorch decides: all but the smallest.
+    Everything else stays in float32, what a product gives too.
     """
-    with _rounding(on=has_bf16_tiles()):
-        yield
-
-
-@contextmanager
-def not_rounded() -> Iterator[None]:
-    """Products in it are exact inside `rounded_to_bf16` too."""
-    with _rounding(on=False):
-        yield
-
-
-@contextmanager
-def _rounding(*, on: bool) -> Iterator[None]:
     global _rounded
     products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
     before = _rounded, products.fp32_precision

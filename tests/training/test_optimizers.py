@@ -9,6 +9,7 @@ from runs import TINY, ebb
 
 from model.language_model import LanguageModel
 from model.layers import MIXERS
+from train import optimizer as optimizer_module
 from train.loss import next_token_loss
 from train.optimizer import Muon, make_optimizer, orthogonalized, set_rate
 from train.recipes import recipe_of
@@ -60,22 +61,24 @@ def test_update_is_that_of_pytorch_but_for_its_bfloat16(shape):
     torch.testing.assert_close(own.state[ours], peer.state[theirs])
 
 
-def test_matrices_that_are_turned_together_move_as_each_alone():
+@pytest.mark.parametrize("together", [1, 2 * 24 * 24, 2**22])
+def test_matrices_that_are_turned_together_move_as_each_alone(monkeypatch, together):
+    monkeypatch.setattr(optimizer_module, "TOGETHER", together)
     shapes = [(24, 24), (48, 16), (24, 24), (16, 48), (48, 16), (24, 24)]
     starts, gradients = ([torch.randn(shape) for shape in shapes] for _ in range(2))
     settings = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-    together, apart = ([torch.nn.Parameter(x.clone()) for x in starts] for _ in range(2))
-    optimizers = [Muon(together, **settings), *(Muon([weight], **settings) for weight in apart)]
+    joint, apart = ([torch.nn.Parameter(x.clone()) for x in starts] for _ in range(2))
+    optimizers = [Muon(joint, **settings), *(Muon([weight], **settings) for weight in apart)]
     for _ in range(2):
-        for weights in (together, apart):
+        for weights in (joint, apart):
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.grad = gradient.clone()
-        together[1].grad = apart[1].grad = None  # left out
+        joint[1].grad = apart[1].grad = None  # left out
         for optimizer in optimizers:
             optimizer.step()
-    for one, other, start in zip(together, apart, starts, strict=True):
+    for one, other, start in zip(joint, apart, starts, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-        assert torch.equal(one, start) == (one is together[1])
+        assert torch.equal(one, start) == (one is joint[1])
 
 
 def test_a_step_is_as_long_as_adams():

@@ -16,7 +16,7 @@ from model.ops.native import rows
 from model.ops.products import is_rounded
 from train import find_rate, optimizer, precision
 from train.loss import next_token_loss
-from train.precision import CPU, bf16_products, choose_precision, is_fast_in_bf16
+from train.precision import CPU, bf16_products, both_passes, choose_precision, is_fast_in_bf16
 
 GPU = torch.device("cuda")
 needs_kernels = pytest.mark.skipif(not native.is_available(), reason="no kernels were compiled")
@@ -58,15 +58,21 @@ def test_recurrences_are_not_rounded(backend):
     tensors = [x.requires_grad_() for x in torch.randn(3, 2, 70, 2, 16).unbind()]
     recurrence = OPS["additive"].form("chunked", backend)
 
-    def run():
-        o, _ = recurrence(*tensors)
-        return named(o, torch.autograd.grad(o.square().sum(), tensors))
+    def run(*, bf16):
+        outputs = []
 
-    exact = run()
-    with native.switched(on=backend == "native"), bf16_products(CPU, enabled=True) as forward:
-        with forward:
-            o, _ = recurrence(*tensors)
-        found = named(o, torch.autograd.grad(o.square().sum(), tensors))
+        def loss_of():
+            outputs.append(recurrence(*tensors)[0])
+            return outputs[0].square().sum()
+
+        for tensor in tensors:
+            tensor.grad = None
+        both_passes(loss_of, CPU, bf16=bf16)
+        return named(outputs[0], [x.grad for x in tensors])
+
+    exact = run(bf16=False)
+    with native.switched(on=backend == "native"):
+        found = run(bf16=True)
     assert_close(found, exact, torch.float32)
 
 
@@ -88,10 +94,9 @@ def gradients(mixer, *, bf16):
     torch.manual_seed(0)
     model = LanguageModel(small_config(mixer))
     tokens = torch.randint(model.config.vocab_size, (4, 65))
-    with bf16_products(CPU, enabled=bf16) as forward:
-        with forward:
-            loss = next_token_loss(model, tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
+    loss = both_passes(
+        lambda: next_token_loss(model, tokens[:, :-1], tokens[:, 1:]), CPU, bf16=bf16
+    )
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
