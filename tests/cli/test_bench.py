@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from marks import needs_kernels, needs_tiles
 from runs import ebb, only_line
 
 from model.config import parse_size
@@ -26,14 +27,13 @@ from train.bench.machine import Machine
 from train.bench.rows import Row, cells
 from train.benchmark import burst, take_turns
 from train.matching import num_parameters
-from train.precision import CPU, choose_precision, is_fast_in_bf16
+from train.precision import CPU, choose_precision
 
 TINY = ["--size", "1x64", "--vocab-size", "50", "--seconds", "0", "--threads", "1"]
 ROW = {
     *("task", "mixer", "d_model", "num_layers", "vocab_size", "context", "batch", "weights"),
     *("tokens_per_s", "gflops", "fraction_of_gemm", "fraction_of_bandwidth", "peak_memory_bytes"),
 }
-needs_kernels = pytest.mark.skipif(not native.is_available(), reason="no compiled kernels")
 
 
 @pytest.fixture(autouse=True)
@@ -231,11 +231,6 @@ def test_plain_reads_touch_all_of_the_memory():
         return min(times)
 
     assert best(large) > 3 * best(small)
-
-
-needs_tiles = pytest.mark.skipif(
-    not is_fast_in_bf16(CPU), reason="no tiles of bfloat16, or no kernels"
-)
 
 
 @pytest.mark.parametrize("precision", ["fp32", None, pytest.param("bf16", marks=needs_tiles)])

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from generation_helpers import SCRIPT, parrot, write_run
+from marks import needs_kernels
 from model_helpers import assert_states_close
 
 from data.tokenizers import byte_tokenizer, train_bpe
@@ -185,7 +186,7 @@ def test_the_settings_of_the_draw_arrive(random_run, text_of):
     )
 
 
-@pytest.mark.skipif(not native.is_available(), reason=native.status())
+@needs_kernels
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", "int4"])
 def test_weights_of_fewer_bits_write_and_save(weights, parrot_run, tmp_path, text_of):
     """The parrot is so sure of itself that rounding does not change what it says."""

@@ -3,12 +3,11 @@
 import pytest
 import torch
 from helpers import TOLERANCE, assert_close
+from marks import needs_kernels
 
 from model.ops import elementwise, fused, native
 from model.ops.native import loading
 from model.ops.native.rows import PARAMETERS, rows, rows_backward
-
-compiled = pytest.mark.skipif(not native.is_available(), reason=native.status())
 
 SHAPES = [(2, 37, 3, 8), (1, 70, 1, 13), (3, 33, 2, 64), (1, 1, 2, 16)]
 """B, T, H and K: whole vectors and parts, heads wider and narrower, within a block and across."""
@@ -219,7 +218,7 @@ def calls(monkeypatch):
     return counted
 
 
-@compiled
+@needs_kernels
 @every_piece
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -239,14 +238,14 @@ def instruction_set(request):
     library.use_instruction_set(before)
 
 
-@compiled
+@needs_kernels
 @every_piece
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_plainer_processor_computes_the_same(name, dtype, instruction_set):
     check(name, SHAPES[0], dtype)
 
 
-@compiled
+@needs_kernels
 @every_piece
 def test_threads_change_no_bit(name):
     tensors, of = PIECES[name](Inputs((2, 150, 4, 32)))
@@ -257,7 +256,7 @@ def test_threads_change_no_bit(name):
     assert all(torch.equal(x, results[1][key]) for key, x in results[0].items())
 
 
-@compiled
+@needs_kernels
 @every_piece
 def test_tensors_need_not_be_contiguous(name):
     def spread(x):
@@ -267,14 +266,14 @@ def test_tensors_need_not_be_contiguous(name):
     check(name, SHAPES[0], torch.float64, spread)
 
 
-@compiled
+@needs_kernels
 @every_piece
 def test_gradients_are_those_of_finite_differences(name):
     tensors, of = PIECES[name](Inputs((1, 3, 2, 5)))
     assert torch.autograd.gradcheck(of(fused), [x.requires_grad_() for x in tensors])
 
 
-@compiled
+@needs_kernels
 @every_piece
 def test_the_forward_pass_alone_is_the_same(name, monkeypatch):
     tensors, of = PIECES[name](Inputs(SHAPES[0]))
@@ -285,7 +284,7 @@ def test_the_forward_pass_alone_is_the_same(name, monkeypatch):
     assert all(torch.equal(x, y) for x, y in zip(with_graph, alone, strict=True))
 
 
-@compiled
+@needs_kernels
 @every_piece
 def test_only_what_is_asked_for_has_a_gradient(name):
     """Frozen parameters and a carried state have none; the others' are as before."""
@@ -324,7 +323,7 @@ def test_low_precision_takes_the_definition(name, monkeypatch):
     assert counted == []
 
 
-@compiled
+@needs_kernels
 @pytest.mark.parametrize("size", [0.0, 1e-14, 1e3])
 def test_a_removal_of_no_length_has_the_gradient_of_the_definition(size):
     """Below the smallest norm it is divided by a constant, at zero too."""
@@ -333,7 +332,7 @@ def test_a_removal_of_no_length_has_the_gradient_of_the_definition(size):
     assert_close(run(of(fused), tensors), run(of(elementwise), tensors), torch.float64)
 
 
-@compiled
+@needs_kernels
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_sigmoids_saturate_and_nan_stays_nan(dtype):
     gate = torch.tensor([0.0, 1e-30, 20, 90, 1e4, -20, -90, -1e4, float("inf")], dtype=dtype)
@@ -350,7 +349,7 @@ def test_sigmoids_saturate_and_nan_stays_nan(dtype):
     assert fused.squared_relu(nan).isnan().all()
 
 
-@compiled
+@needs_kernels
 @every_piece
 def test_a_compiler_sees_the_same(name):
     tensors, of = PIECES[name](Inputs(SHAPES[0]))
@@ -382,7 +381,7 @@ def samples():
         yield (kernel, leaves, reset, 2, 1e-5, choices.get(kernel, 0))
 
 
-@compiled
+@needs_kernels
 @pytest.mark.parametrize("sample", [*samples()], ids=lambda sample: sample[0])
 def test_pytorch_finds_nothing_wrong_with_the_operators(sample):
     kernel, tensors, reset, heads, eps, choice = sample
@@ -392,7 +391,7 @@ def test_pytorch_finds_nothing_wrong_with_the_operators(sample):
     torch.library.opcheck(rows_backward, (kernel, given, outputs, reset, heads, eps, choice))
 
 
-@compiled
+@needs_kernels
 def test_a_second_derivative_is_refused():
     x = torch.randn(1, 2, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(fused.squared_relu(x).sum(), x, create_graph=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import CASES, Case, assert_close, check_form, make_inputs, run, way
+from marks import needs_kernels
 
 from model.ops import OPS, native
 from model.ops.native import loading
@@ -25,7 +26,6 @@ from model.ops.native.wkv4 import wkv4_op
 ROOT = Path(__file__).parents[2]
 NATIVE = ("additive", "delta", "wkv4")
 
-compiled = pytest.mark.skipif(not native.is_available(), reason=native.status())
 every_op = pytest.mark.parametrize("op", NATIVE)
 
 
@@ -96,7 +96,7 @@ def test_only_the_chunked_form_is_native(op, form):
         OPS[op].form(form, backend="cuda")
 
 
-@compiled
+@needs_kernels
 @every_op
 def test_the_kernels_run_where_nothing_speaks_against_them(op):
     def runs_native(form, backend="auto", **more):
@@ -122,7 +122,7 @@ def test_the_kernels_run_where_nothing_speaks_against_them(op):
 SHAPES = [(16, 16), (32, 32), (64, 64), (128, 128), (16, 128), (128, 16), (1, 1), (7, 80), (70, 9)]
 
 
-@compiled
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("key_dim", "value_dim"), SHAPES, ids=str)
 @every_op
@@ -145,7 +145,7 @@ def instruction_set(request):
 PROCESSOR_CASES = ("reset_state", "head_mixed_reset", "infinite_reset", "bonus_mixed_reset")
 
 
-@compiled
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @every_op
 def test_every_processor_computes_the_same(op, dtype, instruction_set):
@@ -156,7 +156,7 @@ def test_every_processor_computes_the_same(op, dtype, instruction_set):
                 check_form(way(op, "native"), op, case, dtype)
 
 
-@compiled
+@needs_kernels
 @pytest.mark.parametrize("batch", [1, 3])
 @every_op
 def test_two_threads_compute_what_one_does(op, batch):
@@ -173,7 +173,7 @@ def test_two_threads_compute_what_one_does(op, batch):
     assert_close(two, one, torch.float64)
 
 
-@compiled
+@needs_kernels
 def test_weak_decays_multiply_up_without_error():
     """The same rounding at each of many steps would cost digits."""
     for log_decay in (-1e-6, -1e-5, -1e-3, -0.01, -0.6):
@@ -201,14 +201,14 @@ def samples():
     yield wkv4_op, (*tensors, x["reset"], *x["initial_state"], True)
 
 
-@compiled
+@needs_kernels
 @pytest.mark.parametrize("number", range(4))
 def test_pytorch_finds_nothing_wrong_with_the_operators(number):
     operator, arguments = [*samples()][number]
     torch.library.opcheck(operator, arguments)
 
 
-@compiled
+@needs_kernels
 @every_op
 def test_a_compiler_sees_through_them(op):
     inputs = make_inputs(op, CASES["steady_reset"])
@@ -219,7 +219,7 @@ def test_a_compiler_sees_through_them(op):
         torch.compiler.reset()
 
 
-@compiled
+@needs_kernels
 @every_op
 def test_a_tensor_elsewhere_is_refused(op):
     inputs = make_inputs(op, CASES["channel_decay"])
@@ -228,7 +228,7 @@ def test_a_tensor_elsewhere_is_refused(op):
         OPS[op].native(**inputs)
 
 
-@compiled
+@needs_kernels
 @every_op
 def test_a_second_derivative_is_refused(op):
     inputs = make_inputs(op, CASES["channel_decay"])

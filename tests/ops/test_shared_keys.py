@@ -3,8 +3,7 @@
 import pytest
 import torch
 from helpers import every_way, way
-
-from model.ops import native
+from marks import needs_kernels
 
 
 def inputs(batch, shared, heads, *, decay=True, state=True, time=37, key_dim=10, value_dim=18):
@@ -55,7 +54,7 @@ def test_shared_heads_are_copies(op, form, batch, shared, heads, threads, poison
         assert error < 1e-9, name
 
 
-@pytest.mark.skipif(not native.is_available(), reason=native.status())
+@needs_kernels
 def test_several_stretches_of_columns_add_up():
     given = inputs(2, 1, 3, state=False, value_dim=150)
     found, expected = (

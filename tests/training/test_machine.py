@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from marks import needs_kernels, needs_tiles
 from model_helpers import small_config
 from runs import TINY, ebb, metrics, only_line, repeatable
 
@@ -18,9 +19,8 @@ from train import loop
 from train.compiling import compile_blocks
 from train.loss import next_token_loss
 from train.machine import Machine
-from train.precision import CPU, bf16_products, choose_precision, is_fast_in_bf16
+from train.precision import CPU, bf16_products, choose_precision
 
-needs_kernels = pytest.mark.skipif(not native.is_available(), reason="no kernels were compiled")
 HINT = "from here on the numbers differ from those of a run never stopped."
 
 
@@ -206,7 +206,7 @@ def test_one_compilation_serves_all_layers(quick_compiler, graphs):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.skipif(not is_fast_in_bf16(CPU), reason="no tiles of bfloat16, or no kernels")
+@needs_tiles
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_blocks_are_compiled_in_the_precision_of_the_run(quick_compiler, graphs):
     """So that none is left to compile when training has begun."""

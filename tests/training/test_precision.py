@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from helpers import assert_close
+from marks import needs_kernels, needs_tiles
 from model_helpers import small_config
 from runs import TINY, ebb, metrics
 
@@ -16,13 +17,9 @@ from model.ops.native import rows
 from model.ops.products import is_rounded
 from train import find_rate, optimizer, precision
 from train.loss import next_token_loss
-from train.precision import CPU, bf16_products, both_passes, choose_precision, is_fast_in_bf16
+from train.precision import CPU, bf16_products, both_passes, choose_precision
 
 GPU = torch.device("cuda")
-needs_kernels = pytest.mark.skipif(not native.is_available(), reason="no kernels were compiled")
-needs_tiles = pytest.mark.skipif(
-    not is_fast_in_bf16(CPU), reason="no tiles of bfloat16, or no kernels"
-)
 
 
 def named(o, gradients):
